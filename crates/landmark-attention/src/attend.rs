@@ -1,0 +1,13 @@
+//! The seam between a model and the attention it runs on.
+
+use candle_core::{Result, Tensor};
+
+/// What the layers of a transformer ask of attention. A model is written once against this trait; training, evaluation
+/// inside the window, and the landmark cache are implementations of it.
+pub trait Attend {
+    /// The attention output of `layer`, `[batch, heads, time, head_dim]`.
+    ///
+    /// `q` is `[batch, heads, time, head_dim]`, `k` and `v` `[batch, kv_heads, time, head_dim]`, all as projected: positions
+    /// are the implementation's business, since a cache keeps keys before rotation. Any strides, last dimension contiguous.
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
+}

@@ -1,0 +1,42 @@
+//! Landmark attention as a candle operation.
+//!
+//! A *landmark* token closes every block of tokens. A query reaches an earlier block only through its landmark: the
+//! block's share of the attention is the landmark's weight in an outer softmax, and an inner softmax over the block's own
+//! tokens distributes that share (Mohtashami and Jaggi, 2023, <https://arxiv.org/abs/2305.16300>, section 3).
+//! [`mod@reference`] is the definition, written with plain tensor operations; everything else answers to it.
+//!
+//! ```
+//! use candle_core::{Device, Tensor};
+//! use landmark_attention::{LandmarkParams, Landmarks, landmark_attention};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // 2 sequences, 8 query heads that share 4 key-value heads, 100 tokens; every 16th token is a landmark.
+//! let q = Tensor::randn(0f32, 1., (2, 8, 100, 64), &Device::Cpu)?;
+//! let k = Tensor::randn(0f32, 1., (2, 4, 100, 64), &Device::Cpu)?;
+//! let v = Tensor::randn(0f32, 1., (2, 4, 100, 64), &Device::Cpu)?;
+//! let params = LandmarkParams::new(Landmarks::Every(16));
+//! let out = landmark_attention(&q, &k, &v, &params)?;
+//! assert_eq!(out.dims(), q.dims());
+//! # Ok(())
+//! # }
+//! ```
+
+mod attend;
+mod call;
+mod error;
+mod params;
+pub mod reference;
+mod rope;
+
+pub use attend::Attend;
+pub use error::{Error, Result};
+pub use params::{Dropout, LandmarkParams, Landmarks, Softmax};
+pub use rope::{Pairs, Rope, Rotation};
+
+use candle_core::Tensor;
+
+/// Landmark attention of `q` `[batch, heads, q_len, head_dim]` over `k` and `v` `[batch, kv_heads, kv_len, head_dim]`, causal, the
+/// queries being the last `q_len` of the `kv_len` positions. Returns `[batch, heads, q_len, head_dim]`; differentiable.
+pub fn landmark_attention(q: &Tensor, k: &Tensor, v: &Tensor, params: &LandmarkParams) -> Result<Tensor> {
+    reference::landmark_attention(q, k, v, params)
+}

@@ -1,0 +1,135 @@
+//! Rotary position embedding (Su et al., 2021): pair `i` of a head's channels is turned by `position * inv_freq[i]`, so that
+//! a product of a rotated query and a rotated key depends on their distance alone.
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, WithDType};
+use rayon::prelude::*;
+
+use crate::{Error, Result};
+
+/// Which channels of a head form pair `i`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pairs {
+    /// Channels `2i` and `2i + 1`: the reference GPT.
+    Interleaved,
+    /// Channels `i` and `i + head_dim / 2`: Hugging Face's LLaMA.
+    Halves,
+}
+
+/// A rotary embedding: the frequencies and which channels form a pair.
+#[derive(Debug, Clone)]
+pub struct Rope {
+    inv_freq: Vec<f64>,
+    pairs: Pairs,
+}
+
+impl Rope {
+    /// The usual frequencies `base^(-2i / head_dim)`.
+    pub fn new(head_dim: usize, base: f64, pairs: Pairs) -> Self {
+        let inv_freq = (0..head_dim / 2).map(|i| base.powf(-2. * i as f64 / head_dim as f64)).collect();
+        Self { inv_freq, pairs }
+    }
+
+    /// Channels of a head: twice the number of frequencies.
+    pub fn head_dim(&self) -> usize {
+        2 * self.inv_freq.len()
+    }
+
+    /// The rotation for tokens at `positions`, `[time]` for all rows of a batch or `[batch * time]` for each row its own.
+    /// Angles are taken in f64: positions of many millions keep their precision.
+    pub fn at(&self, positions: &[i64]) -> Rotation {
+        let table = positions
+            .iter()
+            .flat_map(|&p| {
+                self.inv_freq.iter().map(move |f| {
+                    let (sin, cos) = (p as f64 * f).sin_cos();
+                    [cos, sin]
+                })
+            })
+            .collect();
+        Rotation { table: std::sync::Arc::new(table), n_freq: self.inv_freq.len(), pairs: self.pairs, sign: 1. }
+    }
+}
+
+/// The cosines and sines of a list of positions, computed once and used for queries and keys of all layers.
+#[derive(Debug, Clone)]
+pub struct Rotation {
+    table: std::sync::Arc<Vec<[f64; 2]>>,
+    n_freq: usize,
+    pairs: Pairs,
+    /// -1 turns back: the gradient of a rotation is the inverse rotation.
+    sign: f64,
+}
+
+impl Rotation {
+    /// Rotates `x`, `[batch, heads, time, head_dim]` of f32 or f64 with the last dimension contiguous; differentiable. The
+    /// result is contiguous.
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        const OP: &str = "rope";
+        let (batch, _, time, head_dim) = x.dims4()?;
+        let rows = self.table.len() / self.n_freq;
+        if head_dim != 2 * self.n_freq || (rows != time && rows != batch * time) {
+            let expected = format!("[batch, heads, time, {}] with {rows} positions", 2 * self.n_freq);
+            return Err(Error::Shape { op: OP, tensor: "x", got: x.dims().to_vec(), expected });
+        }
+        if !matches!(x.dtype(), DType::F32 | DType::F64) {
+            return Err(Error::DType { op: OP, tensor: "x", got: x.dtype(), expected: "f32 or f64".into() });
+        }
+        if !x.device().is_cpu() {
+            let expected = "the CPU".to_string();
+            return Err(Error::Device { op: OP, tensor: "x", got: x.device().location(), expected });
+        }
+        Ok(x.apply_op1(self.clone())?)
+    }
+
+    fn rotate<T: WithDType + From<f32>>(&self, x: &[T], layout: &Layout) -> Vec<T>
+    where
+        T: std::ops::Mul<Output = T> + std::ops::Add<Output = T> + std::ops::Sub<Output = T>,
+    {
+        let (batch, heads, time, head_dim) = layout.shape().dims4().expect("checked by apply");
+        let [sb, sh, st] = [layout.stride()[0], layout.stride()[1], layout.stride()[2]];
+        let per_row = self.table.len() == batch * time * self.n_freq && batch > 1;
+        let mut out = vec![T::zero(); batch * heads * time * head_dim];
+        out.par_chunks_mut(time * head_dim).enumerate().for_each(|(bh, out)| {
+            let (b, h) = (bh / heads, bh % heads);
+            let first = if per_row { b * time } else { 0 };
+            for (t, out) in out.chunks_exact_mut(head_dim).enumerate() {
+                let x = &x[layout.start_offset() + b * sb + h * sh + t * st..][..head_dim];
+                let turns = &self.table[(first + t) * self.n_freq..][..self.n_freq];
+                for (i, &[cos, sin]) in turns.iter().enumerate() {
+                    let (cos, sin) = (T::from_f64(cos), T::from_f64(self.sign * sin));
+                    let (i0, i1) = match self.pairs {
+                        Pairs::Interleaved => (2 * i, 2 * i + 1),
+                        Pairs::Halves => (i, i + self.n_freq),
+                    };
+                    out[i0] = x[i0] * cos - x[i1] * sin;
+                    out[i1] = x[i1] * cos + x[i0] * sin;
+                }
+            }
+        });
+        out
+    }
+}
+
+impl CustomOp1 for Rotation {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        if layout.stride()[3] != 1 {
+            candle_core::bail!("rope: the last dimension of x must be contiguous")
+        }
+        let out = match storage {
+            CpuStorage::F32(x) => CpuStorage::F32(self.rotate(x, layout)),
+            CpuStorage::F64(x) => CpuStorage::F64(self.rotate(x, layout)),
+            other => candle_core::bail!("rope: dtype {:?} has no kernel", other.dtype()),
+        };
+        Ok((out, layout.shape().clone()))
+    }
+
+    fn bwd(&self, _x: &Tensor, _res: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let back = Self { sign: -self.sign, ..self.clone() };
+        Ok(Some(grad.contiguous()?.apply_op1_no_bwd(&back)?))
+    }
+}

@@ -1,0 +1,2 @@
+//! The `landmark` binary.
+fn main() {}
