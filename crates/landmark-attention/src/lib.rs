@@ -23,6 +23,7 @@
 
 mod attend;
 mod call;
+mod cpu;
 mod error;
 mod params;
 pub mod reference;
@@ -36,7 +37,34 @@ pub use rope::{Pairs, Rope, Rotation};
 use candle_core::Tensor;
 
 /// Landmark attention of `q` `[batch, heads, q_len, head_dim]` over `k` and `v` `[batch, kv_heads, kv_len, head_dim]`, causal, the
-/// queries being the last `q_len` of the `kv_len` positions. Returns `[batch, heads, q_len, head_dim]`; differentiable.
+/// queries being the last `q_len` of the `kv_len` positions: a drop-in for scaled-dot-product attention. Returns
+/// `[batch, heads, q_len, head_dim]`; differentiable. Memory is O(kv_len), time that of dense attention.
+///
+/// f32, f64, and bf16 or f16 computed in f32. Strides are free but for the last dimension, which is copied if it is not
+/// contiguous. A query that has nothing to attend to (a landmark that opens the text) gets zeros.
+///
+/// # Errors
+/// Shapes, dtypes, devices or parameters that do not fit, each by name; a device without a kernel.
 pub fn landmark_attention(q: &Tensor, k: &Tensor, v: &Tensor, params: &LandmarkParams) -> Result<Tensor> {
-    reference::landmark_attention(q, k, v, params)
+    Ok(landmark_attention_with_lse(q, k, v, params)?.0)
+}
+
+/// [`landmark_attention`], and the natural log-sum-exp of each query's outer softmax, `[batch, heads, q_len]` in f32 (f64 for f64),
+/// minus infinity where there is no candidate: with it, parts of an attention that were computed apart can be joined. Gradients
+/// flow through the output only.
+///
+/// # Errors
+/// Those of [`landmark_attention`].
+pub fn landmark_attention_with_lse(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    params: &LandmarkParams,
+) -> Result<(Tensor, Tensor)> {
+    let call = call::Call::check(q, k, v, params)?;
+    if !q.device().is_cpu() {
+        let expected = "the CPU, the only device with kernels in this build".to_string();
+        return Err(Error::Device { op: "landmark_attention", tensor: "q", got: q.device().location(), expected });
+    }
+    Ok(cpu::attend(call, q, k, v)?)
 }
