@@ -21,7 +21,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
             fwd.sort_by(f64::total_cmp);
             both.sort_by(f64::total_cmp);
-            println!("T {t} block {block}: forward {:.1} ms, with backward {:.1} ms", fwd[fwd.len() / 2], both[both.len() / 2]);
+            println!(
+                "T {t} block {block}: forward {:.1} ms, with backward {:.1} ms",
+                fwd[fwd.len() / 2],
+                both[both.len() / 2]
+            );
         }
     }
     Ok(())

@@ -11,7 +11,7 @@
 use pulp::{Simd, WithSimd};
 
 use super::forward::{
-    KEYS_PER_TILE, Steps, TileInput, causal, inner_softmax_max, lane_positions, load, pack_transposed, store, zip,
+    KEYS_PER_TILE, Steps, TileInput, causal, each, inner_softmax_max, lane_positions, load, pack_transposed, store,
 };
 use super::lanes::Real;
 use super::product::Product;
@@ -206,15 +206,15 @@ impl<S: Simd, T: Real> Scratch<S, T> {
                     let (_, l_c) = inner_softmax_max::<S, T, NV>(s, weights, start, nv, n, [T::splat(s, T::LOW); NV]);
                     let d_c = inner_gradient::<S, T, NV>(s, weights, grads, start, nv, n, l_c);
                     let landmark = load::<S, T, NV>(weights, at(block.end));
-                    let w_c = zip(landmark, lse, |a, b| T::exp2(s, T::vsub(s, a, b)));
+                    let w_c = each!(v: T::exp2(s, T::vsub(s, landmark[v], lse[v])));
                     let mut share = [T::splat(s, T::cast(1.)); NV];
                     if let Some(draw) = &input.draw {
                         draw.block(bytemuck::cast_slice_mut::<_, T>(&mut share), first, block.end);
                     }
-                    let factor = std::array::from_fn(|v| T::vmul(s, share[v], T::vdiv(s, w_c[v], l_c[v])));
+                    let factor = each!(v: T::vmul(s, share[v], T::vdiv(s, w_c[v], l_c[v])));
                     finish::<S, T, NV>(s, weights, grads, start, nv, n, factor, d_c);
                     let d_landmark: [_; NV] =
-                        std::array::from_fn(|v| T::vmul(s, w_c[v], T::vsub(s, T::vmul(s, share[v], d_c[v]), delta[v])));
+                        each!(v: T::vmul(s, w_c[v], T::vsub(s, T::vmul(s, share[v], d_c[v]), delta[v])));
                     store(weights, at(block.end), [T::splat(s, T::default()); NV]);
                     store(grads, at(block.end), d_landmark);
                 }
@@ -227,21 +227,20 @@ impl<S: Simd, T: Real> Scratch<S, T> {
                 let d_c = inner_gradient::<S, T, NV>(s, weights, grads, start, nv, n, l_c);
                 let landmark = load::<S, T, NV>(weights, at(block.end));
                 let behind = T::splat(s, T::cast((block.end + 1) as f64 - input.first as f64));
-                let past = |v: usize, yes, no| T::select_le(s, behind, position[v], yes, no);
-                let w_c = zip(landmark, lse, |a, b| T::exp2(s, T::vsub(s, a, b)));
+                let w_c = each!(v: T::exp2(s, T::vsub(s, landmark[v], lse[v])));
                 let mut share = [T::splat(s, T::cast(1.)); NV];
                 if let Some(draw) = &input.draw {
                     draw.block(bytemuck::cast_slice_mut::<_, T>(&mut share), first, block.end);
                 }
-                let factor = std::array::from_fn(|v| {
+                let factor = each!(v: {
                     let by_landmark = T::vmul(s, share[v], T::vdiv(s, w_c[v], l_c[v]));
-                    past(v, by_landmark, T::exp2(s, T::vsub(s, m_c[v], lse[v])))
+                    T::select_le(s, behind, position[v], by_landmark, T::exp2(s, T::vsub(s, m_c[v], lse[v])))
                 });
-                let centre = std::array::from_fn(|v| past(v, d_c[v], delta[v]));
+                let centre = each!(v: T::select_le(s, behind, position[v], d_c[v], delta[v]));
                 finish::<S, T, NV>(s, weights, grads, start, nv, n, factor, centre);
                 let zero = T::splat(s, T::default());
-                let d_landmark: [_; NV] = std::array::from_fn(|v| {
-                    past(v, T::vmul(s, w_c[v], T::vsub(s, T::vmul(s, share[v], d_c[v]), delta[v])), zero)
+                let d_landmark: [_; NV] = each!(v: {
+                    T::select_le(s, behind, position[v], T::vmul(s, w_c[v], T::vsub(s, T::vmul(s, share[v], d_c[v]), delta[v])), zero)
                 });
                 store(weights, at(block.end), [zero; NV]);
                 store(grads, at(block.end), d_landmark);
@@ -252,10 +251,11 @@ impl<S: Simd, T: Real> Scratch<S, T> {
                 causal::<S, T, NV>(s, weights, start, nv, block.start..block.end, input, position);
                 for row in 0..n {
                     let index = start + row * nv;
-                    let weight = zip(load::<S, T, NV>(weights, index), lse, |a, b| T::exp2(s, T::vsub(s, a, b)));
-                    let grad = zip(load::<S, T, NV>(grads, index), delta, |a, b| T::vsub(s, a, b));
+                    let (score, grad) = (load::<S, T, NV>(weights, index), load::<S, T, NV>(grads, index));
+                    let weight = each!(v: T::exp2(s, T::vsub(s, score[v], lse[v])));
+                    let grad = each!(v: T::vsub(s, grad[v], delta[v]));
                     store(weights, index, weight);
-                    store(grads, index, zip(weight, grad, |a, b| T::vmul(s, a, b)));
+                    store(grads, index, each!(v: T::vmul(s, weight[v], grad[v])));
                 }
             }
         }
@@ -275,13 +275,13 @@ fn inner_gradient<S: Simd, T: Real, const NV: usize>(
 ) -> [T::Lanes<S>; NV] {
     let mut sum = [T::splat(s, T::default()); NV];
     // A block without tokens, or one that the query is not past, may have an empty sum: its gradient is 0, not 0 / 0.
-    let l_c = zip(l_c, [T::splat(s, T::cast(0.5)); NV], |a, b| T::vmax(s, a, b));
+    let l_c = each!(v: T::vmax(s, l_c[v], [T::splat(s, T::cast(0.5)); NV][v]));
     for row in 0..n {
         let e = load::<S, T, NV>(weights, at + row * nv);
         let grad = load::<S, T, NV>(grads, at + row * nv);
-        sum = std::array::from_fn(|v| T::mul_add(s, e[v], grad[v], sum[v]));
+        sum = each!(v: T::mul_add(s, e[v], grad[v], sum[v]));
     }
-    zip(sum, l_c, |a, b| T::vdiv(s, a, b))
+    each!(v: T::vdiv(s, sum[v], l_c[v]))
 }
 
 /// `P_j = e_j factor` and `dS_j = P_j (dP_j - centre)`.
@@ -299,10 +299,11 @@ fn finish<S: Simd, T: Real, const NV: usize>(
 ) {
     for row in 0..n {
         let index = at + row * nv;
-        let weight = zip(load::<S, T, NV>(weights, index), factor, |a, b| T::vmul(s, a, b));
-        let grad = zip(load::<S, T, NV>(grads, index), centre, |a, b| T::vsub(s, a, b));
+        let (e, grad) = (load::<S, T, NV>(weights, index), load::<S, T, NV>(grads, index));
+        let weight = each!(v: T::vmul(s, e[v], factor[v]));
+        let grad = each!(v: T::vsub(s, grad[v], centre[v]));
         store(weights, index, weight);
-        store(grads, index, zip(weight, grad, |a, b| T::vmul(s, a, b)));
+        store(grads, index, each!(v: T::vmul(s, weight[v], grad[v])));
     }
 }
 

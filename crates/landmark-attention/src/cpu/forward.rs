@@ -12,12 +12,26 @@
 //!
 //! At the end `O / sum` is the output, and the outer log-sum-exp `m + log2(sum)` is all that the backward pass needs.
 
+use bytemuck::Zeroable;
 use pulp::{Simd, WithSimd};
 
 use super::dropout::Draw;
 use super::lanes::Real;
 use super::product::Product;
 use super::tiles::{Block, KeyTile, key_range, key_tiles};
+
+/// The array of an expression for each register `v` of `NV`. (`array::from_fn` is not always inlined, and what is not inlined
+/// does not see the instruction set.)
+macro_rules! each {
+    ($v:ident: $value:expr) => {{
+        let mut all = [<T::Lanes<S> as bytemuck::Zeroable>::zeroed(); NV];
+        for $v in 0..NV {
+            all[$v] = $value;
+        }
+        all
+    }};
+}
+pub(super) use each;
 
 /// Keys a tile aims at: scores of a tile stay in the second-level cache together with the keys and values.
 pub const KEYS_PER_TILE: usize = 128;
@@ -206,15 +220,15 @@ impl<S: Simd, T: Real> Scratch<S, T> {
                     let mut kept = [zero[0]; 2];
                     kept[..NV].copy_from_slice(&l_c);
                     self.inner.push(kept);
-                    max = zip(max, landmark, |a, b| T::vmax(s, a, b));
+                    max = each!(v: T::vmax(s, max[v], landmark[v]));
                 }
-                let fade = zip(old_max, max, |a, b| T::exp2(s, T::vsub(s, a, b)));
-                sum = zip(sum, fade, |a, b| T::vmul(s, a, b));
+                let fade = each!(v: T::exp2(s, T::vsub(s, old_max[v], max[v])));
+                sum = each!(v: T::vmul(s, sum[v], fade[v]));
                 for (block, l_c) in self.blocks[range.clone()].iter().zip(&self.inner) {
                     let landmark = load::<S, T, NV>(weights, at(block.end));
-                    let w_c = zip(landmark, max, |a, b| T::exp2(s, T::vsub(s, a, b)));
-                    sum = zip(sum, w_c, |a, b| T::vadd(s, a, b));
-                    let mut factor = std::array::from_fn(|v| T::vdiv(s, w_c[v], l_c[v]));
+                    let w_c = each!(v: T::exp2(s, T::vsub(s, landmark[v], max[v])));
+                    sum = each!(v: T::vadd(s, sum[v], w_c[v]));
+                    let mut factor = each!(v: T::vdiv(s, w_c[v], l_c[v]));
                     if let Some(draw) = &input.draw {
                         draw.block(
                             bytemuck::cast_slice_mut::<_, T>(&mut factor),
@@ -234,16 +248,15 @@ impl<S: Simd, T: Real> Scratch<S, T> {
                 let landmark = load::<S, T, NV>(weights, at(block.end));
                 // Past the block is a query behind the landmark: landmark + 1 <= position.
                 let behind = T::splat(s, T::cast((block.end + 1) as f64 - input.first as f64));
-                let past = |v: usize, yes, no| T::select_le(s, behind, position[v], yes, no);
-                max = std::array::from_fn(|v| T::vmax(s, max[v], past(v, landmark[v], m_c[v])));
-                let fade = zip(old_max, max, |a, b| T::exp2(s, T::vsub(s, a, b)));
-                let by_landmark = zip(landmark, max, |a, b| T::exp2(s, T::vsub(s, a, b)));
-                let by_tokens = zip(m_c, max, |a, b| T::exp2(s, T::vsub(s, a, b)));
-                sum = std::array::from_fn(|v| {
-                    let entered = past(v, by_landmark[v], T::vmul(s, l_c[v], by_tokens[v]));
+                max = each!(v: T::vmax(s, max[v], T::select_le(s, behind, position[v], landmark[v], m_c[v])));
+                let fade = each!(v: T::exp2(s, T::vsub(s, old_max[v], max[v])));
+                let by_landmark = each!(v: T::exp2(s, T::vsub(s, landmark[v], max[v])));
+                let by_tokens = each!(v: T::exp2(s, T::vsub(s, m_c[v], max[v])));
+                sum = each!(v: {
+                    let entered = T::select_le(s, behind, position[v], by_landmark[v], T::vmul(s, l_c[v], by_tokens[v]));
                     T::mul_add(s, sum[v], fade[v], entered)
                 });
-                let mut share: [_; NV] = std::array::from_fn(|v| T::vdiv(s, by_landmark[v], l_c[v]));
+                let mut share: [_; NV] = each!(v: T::vdiv(s, by_landmark[v], l_c[v]));
                 if let Some(draw) = &input.draw {
                     draw.block(
                         bytemuck::cast_slice_mut::<_, T>(&mut share),
@@ -251,7 +264,7 @@ impl<S: Simd, T: Real> Scratch<S, T> {
                         block.end,
                     );
                 }
-                let factor = std::array::from_fn(|v| past(v, share[v], by_tokens[v]));
+                let factor = each!(v: T::select_le(s, behind, position[v], share[v], by_tokens[v]));
                 scale_rows::<S, T, NV>(s, weights, at(block.start), nv, block.end - block.start, factor);
                 store(weights, at(block.end), zero);
             }
@@ -260,23 +273,23 @@ impl<S: Simd, T: Real> Scratch<S, T> {
                 causal::<S, T, NV>(s, weights, at(block.start), nv, block.start..block.end, input, position);
                 for row in 0..block.end - block.start {
                     let score = load::<S, T, NV>(weights, at(block.start) + row * nv);
-                    max = zip(max, score, |a, b| T::vmax(s, a, b));
+                    max = each!(v: T::vmax(s, max[v], score[v]));
                 }
-                let fade = zip(old_max, max, |a, b| T::exp2(s, T::vsub(s, a, b)));
-                sum = zip(sum, fade, |a, b| T::vmul(s, a, b));
+                let fade = each!(v: T::exp2(s, T::vsub(s, old_max[v], max[v])));
+                sum = each!(v: T::vmul(s, sum[v], fade[v]));
                 for row in 0..block.end - block.start {
                     let index = at(block.start) + row * nv;
                     let score = load::<S, T, NV>(weights, index);
-                    let weight = zip(score, max, |a, b| T::exp2(s, T::vsub(s, a, b)));
-                    sum = zip(sum, weight, |a, b| T::vadd(s, a, b));
+                    let weight = each!(v: T::exp2(s, T::vsub(s, score[v], max[v])));
+                    sum = each!(v: T::vadd(s, sum[v], weight[v]));
                     store(weights, index, weight);
                 }
             }
         }
-        let fade = zip(old_max, max, |a, b| T::exp2(s, T::vsub(s, a, b)));
+        let fade = each!(v: T::exp2(s, T::vsub(s, old_max[v], max[v])));
         for channel in 0..input.head_dim {
             let out = load::<S, T, NV>(&self.out, channel * nv + x);
-            store(&mut self.out, channel * nv + x, zip(out, fade, |a, b| T::vmul(s, a, b)));
+            store(&mut self.out, channel * nv + x, each!(v: T::vmul(s, out[v], fade[v])));
         }
         store(&mut self.max, x, max);
         store(&mut self.sum, x, sum);
@@ -308,11 +321,13 @@ pub fn inner_softmax_max<S: Simd, T: Real, const NV: usize>(
 ) -> ([T::Lanes<S>; NV], [T::Lanes<S>; NV]) {
     let mut sum = [T::splat(s, T::default()); NV];
     for row in 0..n {
-        max = zip(max, load::<S, T, NV>(rows, at + row * nv), |a, b| T::vmax(s, a, b));
+        let score = load::<S, T, NV>(rows, at + row * nv);
+        max = each!(v: T::vmax(s, max[v], score[v]));
     }
     for row in 0..n {
-        let e = zip(load::<S, T, NV>(rows, at + row * nv), max, |a, b| T::exp2(s, T::vsub(s, a, b)));
-        sum = zip(sum, e, |a, b| T::vadd(s, a, b));
+        let score = load::<S, T, NV>(rows, at + row * nv);
+        let e = each!(v: T::exp2(s, T::vsub(s, score[v], max[v])));
+        sum = each!(v: T::vadd(s, sum[v], e[v]));
         store(rows, at + row * nv, e);
     }
     (max, sum)
@@ -330,7 +345,7 @@ fn scale_rows<S: Simd, T: Real, const NV: usize>(
 ) {
     for row in 0..n {
         let e = load::<S, T, NV>(rows, at + row * nv);
-        store(rows, at + row * nv, zip(e, factor, |a, b| T::vmul(s, a, b)));
+        store(rows, at + row * nv, each!(v: T::vmul(s, e[v], factor[v])));
     }
 }
 
@@ -349,15 +364,15 @@ pub fn causal<S: Simd, T: Real, const NV: usize>(
     for (row, j) in keys.enumerate() {
         let from = T::splat(s, input.visible(j));
         let score = load::<S, T, NV>(rows, at + row * nv);
-        store(rows, at + row * nv, zip(score, position, |score, p| T::select_le(s, from, p, score, hidden)));
+        store(rows, at + row * nv, each!(v: T::select_le(s, from, position[v], score[v], hidden)));
     }
 }
 
 /// Positions of the queries in registers `x..x + NV`, relative to the tile.
 #[inline(always)]
 pub fn lane_positions<S: Simd, T: Real, const NV: usize>(x: usize) -> [T::Lanes<S>; NV] {
-    std::array::from_fn(|v| {
-        let mut lanes = [<T::Lanes<S> as bytemuck::Zeroable>::zeroed()];
+    each!(v: {
+        let mut lanes = [T::Lanes::<S>::zeroed()];
         for (i, lane) in bytemuck::cast_slice_mut::<_, T>(&mut lanes).iter_mut().enumerate() {
             *lane = T::cast(((x + v) * T::lanes::<S>() + i) as f64);
         }
@@ -390,15 +405,10 @@ pub fn pack_transposed<S: Simd, T: Real>(
 #[inline(always)]
 pub fn load<S: Simd, T: Real, const NV: usize>(rows: &[T::Lanes<S>], at: usize) -> [T::Lanes<S>; NV] {
     let rows = &rows[at..at + NV];
-    std::array::from_fn(|v| rows[v])
+    each!(v: rows[v])
 }
 
 #[inline(always)]
 pub fn store<L: Copy, const NV: usize>(rows: &mut [L], at: usize, x: [L; NV]) {
     rows[at..at + NV].copy_from_slice(&x);
-}
-
-#[inline(always)]
-pub fn zip<L: Copy, const NV: usize>(a: [L; NV], b: [L; NV], f: impl Fn(L, L) -> L) -> [L; NV] {
-    std::array::from_fn(|v| f(a[v], b[v]))
 }
