@@ -27,6 +27,7 @@ mod cpu;
 mod error;
 mod params;
 pub mod reference;
+pub mod retrieval;
 mod rope;
 
 pub use attend::Attend;

@@ -7,9 +7,11 @@
 
 mod backward;
 mod dropout;
+
 mod forward;
 mod lanes;
 mod product;
+pub(crate) mod retrieval;
 mod tiles;
 
 use std::sync::{Arc, OnceLock};

@@ -1,0 +1,183 @@
+//! Attention over blocks that were read before: which blocks a query reads, and what it gets from them (paper, section 3.2).
+//!
+//! Blocks are kept with keys rotated to their place *inside the block* only (offset `0..block`). A block is put into slot `s`,
+//! that is at positions `s * block ..`, by rotating the query to `position - s * block` instead: the same distances, and no
+//! stored key is ever rotated again. So a call takes the queries once for each slot.
+
+use candle_core::{DType, Tensor};
+
+use crate::{Error, Result, cpu};
+
+/// How the blocks that a query reads are chosen from the landmarks' scores: the authors' `--cache_selection_method`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Selection {
+    /// Each token and head has blocks of its own.
+    #[default]
+    PerTokenAndHead,
+    /// The heads of a token share theirs: a block ranks by its largest weight over the heads.
+    MaxOverHeads,
+    /// The tokens of a chunk share theirs, per head: a block ranks by its largest weight over the tokens.
+    MaxOverTokens,
+}
+
+/// Finished blocks, in a ring: block `i`, oldest first, is at place `(first + i) % capacity`.
+#[derive(Debug, Clone, Copy)]
+pub struct Blocks<'a> {
+    /// Keys `[batch, kv_heads, capacity, block, head_dim]`, rotated to their offset in the block; the landmark is the last.
+    pub keys: &'a Tensor,
+    /// Values, likewise.
+    pub values: &'a Tensor,
+    /// The landmarks' keys `[batch, kv_heads, capacity, head_dim]`, once more: scoring reads nothing else.
+    pub landmarks: &'a Tensor,
+    /// Place of the oldest block.
+    pub first: usize,
+    /// Number of blocks.
+    pub len: usize,
+}
+
+/// The queries of a chunk and the slots that blocks may be put into.
+#[derive(Debug, Clone, Copy)]
+pub struct SlotQueries<'a> {
+    /// Queries `[slots, batch, heads, time, head_dim]`, contiguous; entry `s` is rotated to `position - s * block`.
+    pub queries: &'a Tensor,
+    /// The newest blocks, so many, are scored at slots `1..`, oldest first, and all older ones at slot 0; a chosen block of rank
+    /// `r` is read at slot `r`, or `r + 1` if it is one of the newest. 0: every block `i` is read at slot `i`.
+    pub newest: usize,
+    /// Factor on the scores.
+    pub scale: f64,
+}
+
+/// What queries got from the blocks that they read.
+#[derive(Debug, Clone)]
+pub struct Retrieved {
+    /// Outputs `[batch, heads, time, head_dim]`: the softmax over the chosen landmarks of each block's inner attention.
+    pub out: Tensor,
+    /// Natural log-sum-exps `[batch, heads, time]` of the chosen landmarks' scores.
+    pub lse: Tensor,
+    /// Those scores, `[batch, heads, time, k]`.
+    pub scores: Tensor,
+}
+
+/// The `k` best blocks for each query, ascending in text order: u32 `[batch, heads, time, k]`, counted from the oldest. Among equal
+/// scores (to f32 precision) the older block is chosen. All blocks if there are no more than `k`.
+///
+/// # Errors
+/// Shapes and dtypes that do not fit together; a device without a kernel.
+pub fn select(queries: SlotQueries, blocks: Blocks, k: usize, selection: Selection) -> Result<Tensor> {
+    let shape = RetrievalShape::check("select", queries, blocks)?;
+    let k = k.min(blocks.len);
+    if k == blocks.len {
+        let all = Tensor::arange(0, k as u32, queries.queries.device())?;
+        return Ok(all.broadcast_as((shape.batch, shape.heads, shape.time, k))?.contiguous()?);
+    }
+    Ok(cpu::retrieval::select(&shape, queries, blocks, k, selection)?)
+}
+
+/// Attention over the chosen blocks, u32 `[batch, heads, time, k]` ascending, as [`select`] returns them. No gradient.
+///
+/// # Errors
+/// Those of [`select`].
+pub fn attend(queries: SlotQueries, blocks: Blocks, chosen: &Tensor) -> Result<Retrieved> {
+    const OP: &str = "attend";
+    let shape = RetrievalShape::check(OP, queries, blocks)?;
+    let (batch, heads, time) = (shape.batch, shape.heads, shape.time);
+    let k = match chosen.dims() {
+        &[b, h, t, k] if (b, h, t) == (batch, heads, time) && k > 0 => k,
+        other => {
+            let expected = format!("[{batch}, {heads}, {time}, k]");
+            return Err(Error::Shape { op: OP, tensor: "chosen", got: other.to_vec(), expected });
+        }
+    };
+    if shape.slots < k + usize::from(queries.newest > 0) {
+        let expected = format!("queries for {} slots", k + usize::from(queries.newest > 0));
+        return Err(Error::Shape { op: OP, tensor: "queries", got: queries.queries.dims().to_vec(), expected });
+    }
+    let indices = chosen.flatten_all()?.to_vec1::<u32>()?;
+    if let Some(block) = indices.iter().find(|&&i| i as usize >= blocks.len) {
+        let got = block.to_string();
+        return Err(Error::Param { op: OP, name: "chosen", got, expected: "indices of cached blocks" });
+    }
+    Ok(cpu::retrieval::attend(&shape, queries, blocks, &indices, k)?)
+}
+
+/// Joins two attentions of the same queries over disjoint keys, each with its log-sum-exp, into the attention over both.
+///
+/// # Errors
+/// Shapes that differ.
+pub fn join(a: (&Tensor, &Tensor), b: (&Tensor, &Tensor)) -> Result<(Tensor, Tensor)> {
+    // A query with nothing on either side keeps its zeros: the floor turns -inf - -inf into 0.
+    let max = a.1.maximum(b.1)?.maximum(-1e30)?;
+    let (weight_a, weight_b) = ((a.1 - &max)?.exp()?, (b.1 - &max)?.exp()?);
+    let sum = (&weight_a + &weight_b)?;
+    let share = |weight: Tensor| weight.div(&sum.maximum(1e-30)?)?.unsqueeze(3);
+    let out = (a.0.broadcast_mul(&share(weight_a)?)? + b.0.broadcast_mul(&share(weight_b)?)?)?;
+    Ok((out, (max + sum.log()?)?))
+}
+
+/// The dimensions that the operands of a retrieval agree on.
+#[derive(Debug)]
+pub(crate) struct RetrievalShape {
+    pub slots: usize,
+    pub batch: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub time: usize,
+    pub head_dim: usize,
+    pub block: usize,
+    pub capacity: usize,
+}
+
+impl RetrievalShape {
+    fn check(op: &'static str, queries: SlotQueries, blocks: Blocks) -> Result<Self> {
+        let shape = |tensor, x: &Tensor, expected| Error::Shape { op, tensor, got: x.dims().to_vec(), expected };
+        let q = queries.queries;
+        let &[slots, batch, heads, time, head_dim] = q.dims() else {
+            return Err(shape("queries", q, "[slots, batch, heads, time, head_dim]".into()));
+        };
+        let (kv_heads, capacity, block) = match blocks.keys.dims() {
+            &[b, kv_heads, capacity, block, d]
+                if b == batch && d == head_dim && kv_heads > 0 && heads % kv_heads == 0 && block >= 2 =>
+            {
+                (kv_heads, capacity, block)
+            }
+            _ => {
+                let expected = format!("[{batch}, kv_heads that divide {heads}, capacity, block, {head_dim}]");
+                return Err(shape("keys", blocks.keys, expected));
+            }
+        };
+        if blocks.values.dims() != blocks.keys.dims() {
+            return Err(shape("values", blocks.values, format!("{:?}, as the keys", blocks.keys.dims())));
+        }
+        if blocks.landmarks.dims() != [batch, kv_heads, capacity, head_dim] {
+            let expected = format!("[{batch}, {kv_heads}, {capacity}, {head_dim}]");
+            return Err(shape("landmarks", blocks.landmarks, expected));
+        }
+        if blocks.len == 0 || blocks.len > capacity || blocks.first >= capacity || queries.newest > blocks.len {
+            let got = format!("first {}, len {}, newest {}", blocks.first, blocks.len, queries.newest);
+            return Err(Error::Param { op, name: "blocks", got, expected: "places inside the ring" });
+        }
+        if slots < queries.newest + 1 {
+            return Err(shape("queries", q, format!("queries for {} slots", queries.newest + 1)));
+        }
+        let tensors =
+            [("queries", q), ("keys", blocks.keys), ("values", blocks.values), ("landmarks", blocks.landmarks)];
+        for (tensor, x) in tensors {
+            if !matches!(x.dtype(), DType::F32 | DType::F64) || x.dtype() != q.dtype() {
+                return Err(Error::DType {
+                    op,
+                    tensor,
+                    got: x.dtype(),
+                    expected: "f32 or f64, the same for all".into(),
+                });
+            }
+            if !x.device().is_cpu() {
+                let expected = "the CPU, the only device with kernels in this build".into();
+                return Err(Error::Device { op, tensor, got: x.device().location(), expected });
+            }
+            if !x.is_contiguous() {
+                return Err(shape(tensor, x, "contiguous memory".into()));
+            }
+        }
+        Ok(Self { slots, batch, heads, kv_heads, time, head_dim, block, capacity })
+    }
+}
