@@ -1,1 +1,19 @@
-//! .
+//! The landmark cache: a text of any length is read in chunks, its finished blocks are kept, and every token of a later chunk
+//! fetches the few blocks whose landmarks score best (paper, section 3.2).
+//!
+//! - [`LandmarkCache`] drives a model over a text: landmarks in, attention over retrieved blocks, landmark logits out;
+//! - [`XlCache`] is the Transformer-XL baseline, a cache of the last tokens' keys and values.
+//!
+//! Both hand themselves to the model as [`landmark_attention::Attend`]; they know nothing of models, files or tokenizers.
+
+mod cache;
+mod error;
+mod reads;
+mod store;
+mod xl;
+
+pub use cache::{CacheConfig, ContextMiss, LandmarkCache};
+pub use error::{Error, Result};
+pub use landmark_attention::retrieval::Selection;
+pub use reads::BlockRead;
+pub use xl::XlCache;

@@ -1,0 +1,398 @@
+//! The landmark cache: chunks in, attention over retrieved blocks.
+//!
+//! For each chunk of a text, of which `n` blocks are finished and `u` tokens of the next one read:
+//!
+//! 1. a landmark is put after every `mem_freq` tokens of the text, across the borders of chunks;
+//! 2. the chunk starts at position `min(n, k + 1) * L + u`, whatever its place in the text (the "stingy" positions: none beyond the
+//!    training window is ever used), and the `k + 1` slots of `L` positions before it are for retrieved blocks;
+//! 3. each layer attends to the unfinished block and the chunk (the operation, in the window) and to the `k` blocks whose
+//!    landmarks score best ([`retrieval`]), and the two are joined by their log-sum-exps: exactly the grouped softmax over both;
+//! 4. blocks that the chunk finished are stored, the rest of the chunk is the new unfinished block.
+
+use candle_core::{DType, Device, Tensor};
+use landmark_attention::retrieval::{self, Selection, SlotQueries};
+use landmark_attention::{Attend, LandmarkParams, Landmarks, Rope, Rotation, landmark_attention_with_lse};
+
+use crate::reads::Reads;
+use crate::store::BlockStore;
+use crate::{BlockRead, Error, Result};
+
+/// What a cache is made for.
+#[derive(Debug, Clone)]
+pub struct CacheConfig {
+    /// Layers of the model.
+    pub layers: usize,
+    /// Rows of the batch.
+    pub batch: usize,
+    /// Heads of keys and values.
+    pub kv_heads: usize,
+    /// Ordinary tokens of a block; a landmark follows them.
+    pub mem_freq: usize,
+    /// The landmark's token id.
+    pub landmark_id: u32,
+    /// Blocks that a query reads, the authors' `--cache_topk`. 0: none, the window only.
+    pub top_k: usize,
+    /// How they are chosen.
+    pub selection: Selection,
+    /// Blocks that are kept, the authors' `--mem_cache_size`; `None`: all.
+    pub max_blocks: Option<usize>,
+    /// Positions that the model was trained on.
+    pub window: usize,
+    /// For a model with a context-miss token, how it is used.
+    pub context_miss: Option<ContextMiss>,
+}
+
+/// How a context-miss token gates retrieval (paper, appendix): a query's retrieved blocks are weighted by the token's weight.
+#[derive(Debug, Clone, Copy)]
+pub struct ContextMiss {
+    /// Queries under this weight (the authors' `--rem_cutoff`) retrieve nothing.
+    pub cutoff: Option<f64>,
+}
+
+/// A text that a model has read, and can go on reading.
+#[derive(Debug)]
+pub struct LandmarkCache {
+    config: CacheConfig,
+    rope: Rope,
+    layers: Vec<Layer>,
+    /// Finished blocks of the text, dropped ones included.
+    finished: usize,
+    reads: Option<Reads>,
+    retrievals: Retrievals,
+}
+
+/// How often queries retrieved.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Retrievals {
+    done: usize,
+    skipped: usize,
+}
+
+#[derive(Debug)]
+struct Layer {
+    store: BlockStore,
+    /// Keys (before rotation) and values of the unfinished block, `[batch, kv_heads, u, head_dim]`.
+    unfinished: Option<(Tensor, Tensor)>,
+}
+
+impl LandmarkCache {
+    /// An empty cache for a model whose heads are rotated by `rope`.
+    ///
+    /// # Errors
+    /// A setting outside its range, by name.
+    pub fn new(config: CacheConfig, rope: Rope, dtype: DType, device: &Device) -> Result<Self> {
+        let wrong = |name, got: usize, expected: &str| {
+            Err(Error::Config { name, got: got.to_string(), expected: expected.to_string() })
+        };
+        if config.mem_freq == 0 {
+            return wrong("mem_freq", 0, "at least 1");
+        }
+        if config.layers == 0 || config.batch == 0 || config.kv_heads == 0 {
+            return wrong("layers, batch or kv_heads", 0, "at least 1");
+        }
+        if let Some(max) = config.max_blocks
+            && max < config.top_k.max(1)
+        {
+            return wrong("mem_cache_size", max, &format!("at least cache_topk, {}", config.top_k.max(1)));
+        }
+        let block = config.mem_freq + 1;
+        if (config.top_k + 1) * block >= config.window {
+            let expected = format!(
+                "at most {}: a window of {} positions holds {} blocks of {block} and a chunk",
+                (config.window / block).saturating_sub(2),
+                config.window,
+                config.window / block,
+            );
+            return wrong("cache_topk", config.top_k, &expected);
+        }
+        let shape = [config.batch, config.kv_heads, block, rope.head_dim()];
+        let layers = (0..config.layers)
+            .map(|_| Ok(Layer { store: BlockStore::new(shape, config.max_blocks, dtype, device)?, unfinished: None }))
+            .collect::<Result<_>>()?;
+        Ok(Self { config, rope, layers, finished: 0, reads: None, retrievals: Retrievals::default() })
+    }
+
+    /// Ordinary tokens that a chunk may have at most: the window less `k + 1` blocks.
+    pub fn max_chunk(&self) -> usize {
+        self.config.window - (self.config.top_k + 1) * (self.config.mem_freq + 1)
+    }
+
+    /// Finished blocks of the text so far, dropped ones included. Block `i` holds tokens `i * mem_freq ..` of the text.
+    pub fn finished_blocks(&self) -> usize {
+        self.finished
+    }
+
+    /// Blocks that each layer holds.
+    pub fn cached_blocks(&self) -> usize {
+        self.layers[0].store.len()
+    }
+
+    /// Bytes set aside for blocks, in all layers.
+    pub fn bytes(&self) -> usize {
+        self.layers.iter().map(|layer| layer.store.bytes()).sum()
+    }
+
+    /// Share of the tokens' and layers' retrievals that the context-miss token saved.
+    pub fn skipped_retrievals(&self) -> f64 {
+        let Retrievals { done, skipped } = self.retrievals;
+        if done + skipped == 0 { 0. } else { skipped as f64 / (done + skipped) as f64 }
+    }
+
+    /// Starts to note which blocks are read, from nothing.
+    pub fn trace_reads(&mut self) {
+        self.reads = Some(Reads::default());
+    }
+
+    /// The blocks that row `row` read since [`Self::trace_reads`], the most read first.
+    pub fn reads(&self, row: usize) -> Vec<BlockRead> {
+        self.reads.as_ref().map_or(vec![], |reads| reads.ranked(row))
+    }
+
+    /// Forgets the text.
+    pub fn clear(&mut self) {
+        for layer in &mut self.layers {
+            layer.store.clear();
+            layer.unfinished = None;
+        }
+        self.finished = 0;
+        self.retrievals = Retrievals::default();
+    }
+
+    /// Reads the text's next tokens, u32 `[batch, time]`: `model` runs on them and the landmarks that fall between, u32
+    /// `[batch, time']`, with this cache as its attention, and gives `[batch, time', ...]`; its rows at landmarks are dropped, so
+    /// `[batch, time, ...]` comes back. If it fails, the cache is as it was.
+    ///
+    /// # Errors
+    /// A chunk longer than [`Self::max_chunk`] or of another batch; a model with other layers; the model's own.
+    pub fn forward(
+        &mut self,
+        tokens: &Tensor,
+        model: impl FnOnce(&Tensor, &mut dyn Attend) -> candle_core::Result<Tensor>,
+    ) -> Result<Tensor> {
+        let CacheConfig { batch, mem_freq, top_k, layers, .. } = self.config;
+        let time = match tokens.dims() {
+            &[b, time] if b == batch && (1..=self.max_chunk()).contains(&time) => time,
+            other => {
+                let expected = format!("[{batch}, 1 to {} tokens]", self.max_chunk());
+                return Err(Error::Chunk { got: other.to_vec(), expected });
+            }
+        };
+        let block = mem_freq + 1;
+        let unfinished = self.layers[0].unfinished.as_ref().map_or(0, |(k, _)| k.dims()[2]);
+        // Token i of the chunk is token unfinished + i of the text since the last landmark.
+        let gap = |i: usize| (unfinished + i) / mem_freq;
+        let length = time + gap(time);
+        let ordinary = (0..time).map(|i| (i + gap(i)) as u32);
+        let ordinary = Tensor::from_iter(ordinary, tokens.device())?;
+        let landmarks = Tensor::full(self.config.landmark_id, (batch, length), tokens.device())?;
+        let places = ordinary.unsqueeze(0)?.broadcast_as((batch, time))?.contiguous()?;
+        let ids = landmarks.scatter(&places, &tokens.contiguous()?, 1)?;
+
+        let start = (self.finished.min(top_k + 1) * block + unfinished) as i64;
+        let newest = if self.finished > top_k { top_k } else { 0 };
+        let slots = if self.finished > top_k { top_k + 1 } else { self.finished };
+        let at = |from: i64, n: usize| self.rope.at(&(from..from + n as i64).collect::<Vec<_>>());
+        let n_finished = (unfinished + length) / block;
+        let offsets: Vec<i64> = (0..n_finished * block).map(|i| (i % block) as i64).collect();
+        let mut chunk = Chunk {
+            q: at(start, length),
+            k: at(start - unfinished as i64, unfinished + length),
+            offsets: self.rope.at(&offsets),
+            slots: (0..if top_k == 0 { 0 } else { slots }).map(|s| at(start - (s * block) as i64, length)).collect(),
+            miss: self.rope.at(&[-1]),
+            newest,
+            n_finished,
+            pending: Vec::with_capacity(layers),
+            retrievals: Retrievals::default(),
+            cache: self,
+        };
+        let out = model(&ids, &mut chunk)?;
+        let Chunk { pending, retrievals, .. } = chunk;
+        if pending.len() != layers {
+            return Err(Error::Layer { got: pending.len(), expected: pending.len(), layers });
+        }
+        for (layer, Pending { finished, unfinished }) in self.layers.iter_mut().zip(pending) {
+            if let Some((keys, values)) = finished {
+                layer.store.append(&keys, &values)?;
+            }
+            layer.unfinished = unfinished;
+        }
+        self.finished += n_finished;
+        self.retrievals.done += retrievals.done;
+        self.retrievals.skipped += retrievals.skipped;
+        Ok(out.index_select(&ordinary, 1)?)
+    }
+}
+
+/// Keys and values of a layer that will be stored when the model is done.
+struct Pending {
+    /// `[batch, kv_heads, n, block, head_dim]`, keys rotated to their offset in the block.
+    finished: Option<(Tensor, Tensor)>,
+    unfinished: Option<(Tensor, Tensor)>,
+}
+
+/// One chunk on its way through the model.
+struct Chunk<'a> {
+    cache: &'a mut LandmarkCache,
+    /// Rotations of the chunk's queries, of the keys of the unfinished block and the chunk, of finished blocks, and of the
+    /// queries for each slot.
+    q: Rotation,
+    k: Rotation,
+    offsets: Rotation,
+    slots: Vec<Rotation>,
+    /// The context-miss token stands at position -1.
+    miss: Rotation,
+    newest: usize,
+    n_finished: usize,
+    pending: Vec<Pending>,
+    retrievals: Retrievals,
+}
+
+impl Chunk<'_> {
+    /// Attention of the chunk without the context-miss token's row; `miss` is that token's key, `[batch, kv_heads, 1, head_dim]`.
+    fn attend_tokens(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        miss: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let block = self.cache.config.mem_freq + 1;
+        let (k, v) = match &self.cache.layers[layer].unfinished {
+            Some((old_k, old_v)) => (Tensor::cat(&[old_k, k], 2)?, Tensor::cat(&[old_v, v], 2)?),
+            None => (k.contiguous()?, v.contiguous()?),
+        };
+        let rotated_q = self.q.apply(q)?;
+        let params = LandmarkParams::new(Landmarks::Every(block));
+        let local = landmark_attention_with_lse(&rotated_q, &self.k.apply(&k)?, &v, &params)?;
+        let out = match miss {
+            None => self.join_blocks(layer, q, local)?,
+            Some(key) => {
+                let key = self.miss.apply(key)?;
+                let score = miss_score(&rotated_q, &key, 1. / (q.dims()[3] as f64).sqrt())?;
+                self.join_blocks_on_miss(layer, q, local, &score)?
+            }
+        };
+        self.pending.push(self.finish(&k, &v)?);
+        Ok(out)
+    }
+
+    /// The queries of all slots, `[slots, batch, heads, time, head_dim]`.
+    fn slot_queries(&self, q: &Tensor) -> Result<Tensor> {
+        let slots = self.slots.iter().map(|slot| Ok(slot.apply(q)?)).collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::stack(&slots, 0)?)
+    }
+
+    /// Reads the best blocks: what was read, and which.
+    fn retrieve(&mut self, layer: usize, q_slots: &Tensor) -> Result<(retrieval::Retrieved, Tensor)> {
+        let CacheConfig { top_k, selection, .. } = self.cache.config;
+        let scale = 1. / (q_slots.dims()[4] as f64).sqrt();
+        let queries = SlotQueries { queries: q_slots, newest: self.newest, scale };
+        let blocks = self.cache.layers[layer].store.blocks();
+        let chosen = retrieval::select(queries, blocks, top_k, selection)?;
+        let retrieved = retrieval::attend(queries, blocks, &chosen)?;
+        self.retrievals.done += q_slots.dims()[3];
+        Ok((retrieved, chosen))
+    }
+
+    fn trace(&mut self, retrieved: &retrieval::Retrieved, chosen: &Tensor, lse: &Tensor) -> Result<()> {
+        let oldest = self.cache.finished - self.cache.layers[0].store.len();
+        if let Some(reads) = &mut self.cache.reads {
+            reads.add(retrieved, chosen, lse, oldest)?;
+        }
+        Ok(())
+    }
+
+    fn join_blocks(&mut self, layer: usize, q: &Tensor, (out, lse): (Tensor, Tensor)) -> Result<Tensor> {
+        if self.slots.is_empty() {
+            return Ok(out);
+        }
+        let (retrieved, chosen) = self.retrieve(layer, &self.slot_queries(q)?)?;
+        let (out, lse) = retrieval::join((&out, &lse), (&retrieved.out, &retrieved.lse))?;
+        self.trace(&retrieved, &chosen, &lse)?;
+        Ok(out)
+    }
+
+    /// The outer softmax has the context-miss token as one more candidate, whose weight the retrieved blocks share.
+    fn join_blocks_on_miss(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        (out, lse): (Tensor, Tensor),
+        score: &Tensor,
+    ) -> Result<Tensor> {
+        let nothing = out.zeros_like()?;
+        let (out, whole) = retrieval::join((&out, &lse), (&nothing, score))?;
+        if self.slots.is_empty() {
+            return Ok(out);
+        }
+        let mut weight = (score - &whole)?.exp()?;
+        let time = q.dims()[2];
+        if let Some(cutoff) = self.cache.config.context_miss.and_then(|miss| miss.cutoff) {
+            weight = (&weight * weight.ge(cutoff)?.to_dtype(weight.dtype())?)?;
+            // Tokens that no head of no row retrieves for are left out.
+            let largest = weight.max(0)?.max(0)?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+            if largest.iter().all(|&w| w == 0.) {
+                self.retrievals.skipped += time;
+                return Ok(out);
+            }
+            let active: Vec<u32> = (0..time as u32).filter(|&t| largest[t as usize] > 0.).collect();
+            if active.len() < time && self.cache.config.selection != Selection::MaxOverTokens {
+                self.retrievals.skipped += time - active.len();
+                let active = Tensor::new(active, q.device())?;
+                let q_slots = self.slot_queries(q)?.index_select(&active, 3)?;
+                let (retrieved, _) = self.retrieve(layer, &q_slots)?;
+                let weight = weight.index_select(&active, 2)?.unsqueeze(3)?;
+                return Ok(out.index_add(&active, &retrieved.out.broadcast_mul(&weight)?, 2)?);
+            }
+        }
+        let (retrieved, chosen) = self.retrieve(layer, &self.slot_queries(q)?)?;
+        // A block's share is its softmax weight among the chosen ones times the token's.
+        let lse = (&retrieved.lse - weight.log()?)?;
+        self.trace(&retrieved, &chosen, &lse)?;
+        Ok((out + retrieved.out.broadcast_mul(&weight.unsqueeze(3)?)?)?)
+    }
+
+    /// Splits keys (before rotation) and values `[batch, kv_heads, time, head_dim]` into finished blocks and the rest.
+    fn finish(&self, k: &Tensor, v: &Tensor) -> Result<Pending> {
+        let (batch, kv_heads, time, head_dim) = k.dims4()?;
+        let block = self.cache.config.mem_freq + 1;
+        let full = self.n_finished * block;
+        let blocks = (batch, kv_heads, self.n_finished, block, head_dim);
+        let finished = if full == 0 {
+            None
+        } else {
+            let keys = self.offsets.apply(&k.narrow(2, 0, full)?)?.reshape(blocks)?;
+            Some((keys, v.narrow(2, 0, full)?.contiguous()?.reshape(blocks)?))
+        };
+        let rest = |x: &Tensor| x.narrow(2, full, time - full)?.contiguous();
+        let unfinished = if time == full { None } else { Some((rest(k)?, rest(v)?)) };
+        Ok(Pending { finished, unfinished })
+    }
+}
+
+/// Scores of the context-miss key `[batch, kv_heads, 1, head_dim]`, `[batch, heads, time]`.
+fn miss_score(q: &Tensor, key: &Tensor, scale: f64) -> Result<Tensor> {
+    let (batch, heads, _, head_dim) = q.dims4()?;
+    let kv_heads = key.dims()[1];
+    let key = key.unsqueeze(2)?.broadcast_as((batch, kv_heads, heads / kv_heads, 1, head_dim))?;
+    Ok((q.broadcast_mul(&key.reshape((batch, heads, 1, head_dim))?)?.sum(3)? * scale)?)
+}
+
+impl Attend for Chunk<'_> {
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<Tensor> {
+        if layer != self.pending.len() || layer >= self.cache.layers.len() {
+            let layers = self.cache.layers.len();
+            return Err(Error::Layer { got: layer, expected: self.pending.len(), layers }.into());
+        }
+        if self.cache.config.context_miss.is_none() {
+            return Ok(self.attend_tokens(layer, q, k, v, None)?);
+        }
+        // Row 0 is the context-miss token: others see its key, it sees nothing.
+        let tokens = |x: &Tensor| x.narrow(2, 1, x.dims()[2] - 1);
+        let miss = k.narrow(2, 0, 1)?;
+        let out = self.attend_tokens(layer, &tokens(q)?, &tokens(k)?, &tokens(v)?, Some(&miss))?;
+        out.pad_with_zeros(2, 1, 0)
+    }
+}
