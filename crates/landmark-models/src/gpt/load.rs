@@ -1,0 +1,66 @@
+//! A model's files: `config.json` and `model.safetensors` in a directory.
+//!
+//! Each is written under another name, synced to the disk and then renamed, so that a file by the final name is always a
+//! whole one, whenever the machine stops.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+
+use super::config::GptConfig;
+use super::model::Gpt;
+use crate::{Error, Result};
+
+const CONFIG: &str = "config.json";
+const WEIGHTS: &str = "model.safetensors";
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
+    let path = path.to_path_buf();
+    move |source| Error::Io { path, source }
+}
+
+impl Gpt {
+    /// Writes the model's files into `dir`, which is made if it does not exist; files of an earlier model are replaced.
+    pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
+        let dir = dir.as_ref();
+        fs::create_dir_all(dir).map_err(at(dir))?;
+        replace(&dir.join(WEIGHTS), |path| {
+            let tensors: HashMap<&str, Tensor> =
+                self.parameters().iter().map(|(name, var)| (name.as_str(), var.as_detached_tensor())).collect();
+            candle_core::safetensors::save(&tensors, path)
+                .map_err(|source| Error::WeightsFile { path: path.to_path_buf(), source })
+        })?;
+        replace(&dir.join(CONFIG), |path| {
+            let json = serde_json::to_string_pretty(self.config())
+                .map_err(|source| Error::ConfigFile { path: path.to_path_buf(), source })?;
+            fs::write(path, json + "\n").map_err(at(path))
+        })?;
+        // The renames themselves are in the directory.
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(at(dir))
+    }
+
+    /// Reads a model that [`Gpt::save`] wrote, in the element type of its weights.
+    pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Self> {
+        let path = dir.as_ref().join(CONFIG);
+        let json = fs::read_to_string(&path).map_err(at(&path))?;
+        let config: GptConfig =
+            serde_json::from_str(&json).map_err(|source| Error::ConfigFile { path: path.clone(), source })?;
+        let path = dir.as_ref().join(WEIGHTS);
+        let bytes = fs::read(&path).map_err(at(&path))?;
+        let tensors = candle_core::safetensors::load_buffer(&bytes, device)
+            .map_err(|source| Error::WeightsFile { path: path.clone(), source })?;
+        Self::from_tensors(&config, tensors)
+    }
+}
+
+fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let mut name = path.as_os_str().to_os_string();
+    name.push(".partial");
+    let partial = PathBuf::from(name);
+    write(&partial)?;
+    File::open(&partial).and_then(|file| file.sync_all()).map_err(at(&partial))?;
+    fs::rename(&partial, path).map_err(at(path))
+}

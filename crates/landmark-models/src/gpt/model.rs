@@ -1,0 +1,172 @@
+//! The model: token ids to hidden states, hidden states to logits or a loss.
+
+use std::collections::{BTreeMap, HashMap};
+
+use candle_core::{DType, Device, Tensor, Var};
+use landmark_attention::Attend;
+
+use super::config::{GptConfig, Variant};
+use super::parameters;
+use crate::ops::{self, Dropout, Mlp, TokenScore};
+use crate::{Error, Result};
+
+/// A GPT and its parameters.
+///
+/// Legend: B batch, T time, C width, H heads, D head_dim, V vocabulary.
+#[derive(Debug)]
+pub struct Gpt {
+    config: GptConfig,
+    parameters: BTreeMap<String, Var>,
+    wte: Tensor,
+    miss_token: Option<Tensor>,
+    layers: Vec<Layer>,
+    ln_f: Norm,
+}
+
+#[derive(Debug)]
+struct Norm {
+    w: Tensor,
+    b: Option<Tensor>,
+}
+
+impl Norm {
+    fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        ops::layer_norm(x, &self.w, self.b.as_ref())
+    }
+}
+
+#[derive(Debug)]
+struct Layer {
+    ln_1: Norm,
+    c_attn: (Tensor, Option<Tensor>),
+    c_proj: (Tensor, Option<Tensor>),
+    ln_2: Norm,
+    mlp: Mlp,
+}
+
+impl Gpt {
+    /// A new model: weights N(0, 0.02), those that write to the residual stream N(0, 0.02 / sqrt(2 n_layer)), norms 1, biases 0; a
+    /// function of the configuration and the seed. `dtype` is f32 or f64, `device` the CPU.
+    pub fn init(config: &GptConfig, seed: u64, dtype: DType, device: &Device) -> Result<Self> {
+        const OP: &str = "Gpt::init";
+        config.validate()?;
+        if !matches!(dtype, DType::F32 | DType::F64) {
+            return Err(Error::DType { op: OP, tensor: "dtype", got: dtype, expected: "f32 or f64".into() });
+        }
+        if !device.is_cpu() {
+            return Err(Error::Device { op: OP, tensor: "device", got: format!("{:?}", device.location()) });
+        }
+        Ok(Self::assemble(config.clone(), parameters::init(config, seed, dtype, device)?, true))
+    }
+
+    /// A model with these weights: exactly the parameters of the configuration, all f32 or all f64. The weights are copied.
+    pub fn from_tensors(config: &GptConfig, tensors: HashMap<String, Tensor>) -> Result<Self> {
+        config.validate()?;
+        Ok(Self::assemble(config.clone(), parameters::from_tensors(config, tensors)?, true))
+    }
+
+    /// The same model, with the same parameters in memory, that leaves no graph for a gradient: for evaluation. It sees every later
+    /// change of the parameters.
+    pub fn detached(&self) -> Self {
+        Self::assemble(self.config.clone(), self.parameters.clone(), false)
+    }
+
+    fn assemble(config: GptConfig, parameters: BTreeMap<String, Var>, tracked: bool) -> Self {
+        let get = |name: &str| {
+            let tensor = parameters.get(name)?.as_tensor();
+            Some(if tracked { tensor.clone() } else { tensor.detach() })
+        };
+        let pair = |name: &str| {
+            let weight = get(&format!("{name}.weight")).expect("the parameters follow the specification");
+            (weight, get(&format!("{name}.bias")))
+        };
+        let norm = |name: &str| {
+            let (w, b) = pair(name);
+            Norm { w, b }
+        };
+        let layer = |layer: usize| {
+            let h = format!("transformer.h.{layer}");
+            let ((up, up_bias), (down, down_bias)) = (pair(&format!("{h}.mlp.c_fc")), pair(&format!("{h}.mlp.c_proj")));
+            Layer {
+                ln_1: norm(&format!("{h}.ln_1")),
+                c_attn: pair(&format!("{h}.attn.c_attn")),
+                c_proj: pair(&format!("{h}.attn.c_proj")),
+                ln_2: norm(&format!("{h}.ln_2")),
+                mlp: Mlp { up, up_bias, down, down_bias },
+            }
+        };
+        let (wte, _) = pair("transformer.wte");
+        let miss_token = get("rem_token_embedding.weight");
+        let layers = (0..config.n_layer).map(layer).collect();
+        let ln_f = norm("transformer.ln_f");
+        Self { config, wte, miss_token, layers, ln_f, parameters }
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &GptConfig {
+        &self.config
+    }
+
+    /// The parameters by name; embedding and head are one.
+    pub fn parameters(&self) -> &BTreeMap<String, Var> {
+        &self.parameters
+    }
+
+    /// The element type of the parameters.
+    pub fn dtype(&self) -> DType {
+        self.wte.dtype()
+    }
+
+    /// The hidden states `[B, T, C]`, after the last normalisation, of `ids` `[B, T]` (u32). `dropout` is the seed of a training step's
+    /// dropout; without one nothing is dropped.
+    ///
+    /// With a context-miss token, `attention` is given 1 + T rows, of which row 0 is the token: its output there is to be
+    /// zero (see [`WindowAttention`](super::WindowAttention)).
+    pub fn hidden(&self, ids: &Tensor, attention: &mut dyn Attend, dropout: Option<u64>) -> Result<Tensor> {
+        let &[batch, time] = ids.dims() else {
+            let expected = "[batch, time]".to_string();
+            return Err(Error::Shape { op: "Gpt::hidden", tensor: "ids", got: ids.dims().to_vec(), expected });
+        };
+        let width = self.config.n_embd;
+        // Each place that drops draws by a seed of its own.
+        let seed = dropout.filter(|_| self.config.dropout > 0.);
+        let drop = |place: usize| {
+            seed.map(|seed| Dropout { p: self.config.dropout, seed: ops::mix64(seed ^ ops::mix64(place as u64)) })
+        };
+        let mut x = ops::embedding(&self.wte, ids)?;
+        if let Some(dropout) = drop(0) {
+            x = ops::dropout(&x, dropout)?;
+        }
+        if let Some(miss_token) = &self.miss_token {
+            x = Tensor::cat(&[&miss_token.broadcast_as((batch, 1, width))?, &x], 1)?;
+        }
+        for (index, layer) in self.layers.iter().enumerate() {
+            let (w, b) = &layer.c_attn;
+            let [q, k, v] = ops::project_heads(&layer.ln_1.apply(&x)?, w, b.as_ref(), self.config.n_head)?;
+            let o = attention.attend(index, &q, &k, &v)?;
+            let (w, b) = &layer.c_proj;
+            x = ops::merge_heads(&o, w, b.as_ref(), &x, drop(2 * index + 1))?;
+            x = ops::mlp(&layer.ln_2.apply(&x)?, &layer.mlp, &x, drop(2 * index + 2))?;
+        }
+        if self.config.model == Variant::LandmarkWithCmt {
+            x = x.narrow(1, 1, time)?;
+        }
+        self.ln_f.apply(&x)
+    }
+
+    /// The logits `[.., V]` of hidden states `[.., C]`.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        ops::linear(hidden, &self.wte, None)
+    }
+
+    /// The mean cross entropy of `targets` `[..]` (u32, [`IGNORE`](crate::IGNORE) where there is none) under hidden states `[.., C]`: a
+    /// scalar, differentiable. The logits are never all in memory.
+    pub fn loss(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        ops::cross_entropy(hidden, &self.wte, targets)
+    }
+
+    /// Loss and accuracy target by target, in row-major order, `None` where there is no target; arguments as for [`Gpt::loss`].
+    pub fn token_scores(&self, hidden: &Tensor, targets: &Tensor) -> Result<Vec<Option<TokenScore>>> {
+        ops::token_scores(hidden, &self.wte, targets)
+    }
+}

@@ -1,0 +1,44 @@
+//! Fused operations on the CPU, in f32 and f64, each with its gradient.
+//!
+//! Why not candle's own: its matrix product zeroes the result first, its elementwise operations run on one thread, and
+//! each step of a composition costs its gradient a pass over fresh zeros. Here a layer is a handful of operations, each one
+//! node of candle's graph ([`record::Tape`]), parallel over rows, vectorised for the machine it runs on.
+//!
+//! All reductions have an order that the shapes alone fix, so results are the same bits from run to run on one machine.
+
+mod cross_entropy;
+mod dropout;
+mod elements;
+mod embedding;
+mod heads;
+mod layer_norm;
+mod linear;
+mod math;
+mod mlp;
+mod product;
+mod record;
+mod rows;
+mod vectorised;
+
+pub use cross_entropy::{IGNORE, TokenScore, cross_entropy, token_scores};
+pub use dropout::{Dropout, dropout};
+pub use embedding::embedding;
+pub use heads::{merge_heads, project_heads};
+pub use layer_norm::layer_norm;
+pub use linear::linear;
+pub use mlp::{Mlp, mlp};
+
+pub(crate) use dropout::mix64;
+pub(crate) use elements::ids;
+
+/// Calls a function that is generic over the element type with the type of a tensor.
+macro_rules! by_dtype {
+    ($op:expr, $name:expr, $tensor:expr, $f:ident($($arg:expr),* $(,)?)) => {
+        match $tensor.dtype() {
+            candle_core::DType::F32 => $f::<f32>($($arg),*),
+            candle_core::DType::F64 => $f::<f64>($($arg),*),
+            got => Err(crate::Error::DType { op: $op, tensor: $name, got, expected: "f32 or f64".into() }),
+        }
+    };
+}
+use by_dtype;
