@@ -1,0 +1,36 @@
+//! The commands, one file each: its flags, and a `run` that does the work and gives the exit code.
+
+pub mod completions;
+pub mod prepare;
+pub mod train;
+
+use clap::{CommandFactory, Subcommand};
+use std::process::ExitCode;
+
+/// What the binary can do.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Make token files out of text
+    Prepare(prepare::Args),
+    /// Train a model
+    Train(Box<train::Args>),
+    /// Print completions for a shell
+    Completions(completions::Args),
+}
+
+impl Command {
+    /// Does it.
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        match self {
+            Self::Prepare(args) => prepare::run(args),
+            Self::Train(args) => train::run(*args),
+            Self::Completions(args) => completions::run(args),
+        }
+    }
+}
+
+/// What happens without a command: the help.
+pub fn default() -> anyhow::Result<ExitCode> {
+    crate::Cli::command().print_help()?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,340 @@
+//! The flags of `landmark train`: those of the reference's `config/rotary.py` with its defaults, and ours.
+
+use crate::args::{DeviceChoice, NoneOr, none_or, truth};
+use clap::{Args, ValueEnum};
+use std::path::PathBuf;
+
+/// A choice as the command line spells it.
+pub fn text(choice: impl ValueEnum) -> String {
+    choice.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default()
+}
+
+/// `--config_format`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ConfigFormat {
+    /// The only one that the reference has
+    #[value(name = "rotary")]
+    Rotary,
+}
+
+/// `--model`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Model {
+    /// A plain transformer: every token sees every earlier one
+    #[value(name = "base_rotary", alias = "base")]
+    BaseRotary,
+    /// Landmark attention
+    #[value(name = "landmark")]
+    Landmark,
+    /// Landmark attention with a context-miss token
+    #[value(name = "landmark_with_cmt")]
+    LandmarkWithCmt,
+}
+
+/// `--scheduler`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Scheduler {
+    /// Cosines: up from lr/100 during the warm-up, down to lr/5
+    #[value(name = "cos")]
+    Cos,
+    /// Straight lines between the same rates
+    #[value(name = "linear")]
+    Linear,
+    /// Always lr
+    #[value(name = "none")]
+    None,
+}
+
+/// `--opt`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Opt {
+    /// Adam with decoupled weight decay
+    #[value(name = "adamw")]
+    AdamW,
+    /// Gradient descent with momentum 0.9
+    #[value(name = "sgd")]
+    Sgd,
+    /// Not available yet
+    #[value(name = "adafactor")]
+    Adafactor,
+}
+
+/// `--softmax_func`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SoftmaxFunc {
+    /// Landmark attention's grouped softmax
+    #[value(name = "mem_opt")]
+    MemOpt,
+    /// Ablation: one softmax over everything, landmarks included
+    #[value(name = "nomem")]
+    NoMem,
+    /// Another name of mem_opt
+    #[value(name = "mem")]
+    Mem,
+    /// Ablation: one softmax over all tokens but landmarks
+    #[value(name = "ignore_mem")]
+    IgnoreMem,
+}
+
+/// `--positional_encoder`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PositionalEncoder {
+    /// Rotary positions
+    #[value(name = "rotary")]
+    Rotary,
+    /// Rotary positions that jump at landmarks, see --pos_jump_on_mem
+    #[value(name = "rotary_mem_jump")]
+    RotaryMemJump,
+}
+
+/// `--optimization_process`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OptimizationProcess {
+    /// Windows are independent
+    #[value(name = "landmark")]
+    Landmark,
+    /// Not available yet
+    #[value(name = "transformer_xl")]
+    TransformerXl,
+}
+
+/// `--lm_cache`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LmCache {
+    /// None
+    #[value(name = "none")]
+    None,
+    /// The landmark cache
+    #[value(name = "mem")]
+    Mem,
+    /// Transformer-XL's
+    #[value(name = "kv")]
+    Kv,
+    /// Transformer-XL's, in training
+    #[value(name = "kv_train")]
+    KvTrain,
+}
+
+/// `--distributed_backend`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DistributedBackend {
+    /// One process
+    #[value(name = "None")]
+    None,
+    /// Several GPUs; not available yet
+    #[value(name = "nccl")]
+    Nccl,
+}
+
+/// `--dtype`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// The CPU trains in float32
+    #[value(name = "torch.bfloat16")]
+    BFloat16,
+    /// The CPU trains in float32
+    #[value(name = "torch.float16")]
+    Float16,
+    /// float32
+    #[value(name = "torch.float32")]
+    Float32,
+}
+
+/// The flags, as given.
+#[derive(Args, Clone, Debug)]
+#[command(rename_all = "snake_case", next_help_heading = "Training")]
+pub struct Flags {
+    /// Sequences in a batch
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    pub batch_size: usize,
+    /// Batches in a step; their gradients are added up, not averaged, as the reference does
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub acc_steps: usize,
+    /// Decides the first weights, the order of the data and dropout
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub seed: u64,
+    /// Where to train: auto, cpu or cuda:N
+    #[arg(long, default_value_t = DeviceChoice::Auto)]
+    pub device: DeviceChoice,
+    /// Steps of the run
+    #[arg(long, value_name = "N", default_value_t = 15000)]
+    pub iterations: usize,
+    /// The highest learning rate
+    #[arg(long, value_name = "N", default_value_t = 2e-3)]
+    pub lr: f64,
+    /// The share of the steps in which the learning rate climbs, 0 to 1
+    #[arg(long, value_name = "N", default_value_t = 0.02)]
+    pub warmup_percent: f64,
+    /// Weight decay of linear layers (never of biases, LayerNorm and embeddings)
+    #[arg(long, value_name = "N", default_value_t = 1e-3)]
+    pub weight_decay: f64,
+    /// How slowly AdamW's mean of the gradient forgets
+    #[arg(long, value_name = "N", default_value_t = 0.9)]
+    pub beta1: f64,
+    /// How slowly AdamW's mean of its square forgets
+    #[arg(long, value_name = "N", default_value_t = 0.95)]
+    pub beta2: f64,
+    /// How the learning rate moves
+    #[arg(long, value_enum, default_value_t = Scheduler::Cos)]
+    pub scheduler: Scheduler,
+    /// The optimizer
+    #[arg(long, value_enum, default_value_t = Opt::AdamW)]
+    pub opt: Opt,
+    /// Bounds the norm of the gradient of a step, which is the sum over --acc_steps; the reference clips nothing
+    #[arg(long, value_name = "N", value_parser = none_or::<f64>, default_value = "None")]
+    pub grad_clip: NoneOr<f64>,
+    /// Stop after so many seconds, with a checkpoint to resume from
+    #[arg(long, value_name = "SECONDS")]
+    pub time_limit: Option<f64>,
+    /// What the reference's GPUs train in. On the CPU training runs in float32 whatever this says, in the reference and here
+    #[arg(long, value_enum, default_value_t = Dtype::BFloat16, hide_possible_values = true)]
+    pub dtype: Dtype,
+
+    /// The prepared tokens to train on, as `landmark prepare` made them
+    #[arg(long, value_name = "NAME", help_heading = "Data")]
+    pub dataset: Option<String>,
+    /// The folder of prepared data: DIR/NAME, or DIR itself
+    #[arg(long, value_name = "DIR", default_value = "./data", help_heading = "Data")]
+    pub data_dir: PathBuf,
+    /// The tokenizer's file, or `bytes`, for data that does not say which one made it
+    #[arg(long, value_name = "FILE", help_heading = "Data")]
+    pub tokenizer: Option<String>,
+    /// Rows of the embedding. Left out: what the data says, and 50304 for GPT-2's tokens
+    #[arg(long, value_name = "N", help_heading = "Data")]
+    pub vocab_size: Option<usize>,
+    /// A landmark after every so many tokens, or None
+    #[arg(long, value_name = "N", value_parser = none_or::<usize>, default_value = "50", help_heading = "Data")]
+    pub mem_freq: NoneOr<usize>,
+
+    /// The kind of model
+    #[arg(long, value_enum, default_value_t = Model::BaseRotary, help_heading = "Model")]
+    pub model: Model,
+    /// The share of activations that dropout sets to zero
+    #[arg(long, value_name = "N", default_value_t = 0., help_heading = "Model")]
+    pub dropout: f64,
+    /// The share of earlier blocks that group dropout hides, or None
+    #[arg(long, value_name = "N", value_parser = none_or::<f64>, default_value = "None", help_heading = "Model")]
+    pub group_dropout: NoneOr<f64>,
+    /// Attention heads
+    #[arg(long, value_name = "N", default_value_t = 8, help_heading = "Model")]
+    pub n_head: usize,
+    /// Layers
+    #[arg(long, value_name = "N", default_value_t = 12, help_heading = "Model")]
+    pub n_layer: usize,
+    /// The width of the model
+    #[arg(long, value_name = "N", default_value_t = 1024, help_heading = "Model")]
+    pub n_embd: usize,
+    /// Tokens of a training window, landmarks included
+    #[arg(long, value_name = "N", default_value_t = 512, help_heading = "Model")]
+    pub sequence_length: usize,
+    /// Whether linear layers and LayerNorm have biases: True or False
+    #[arg(long, value_parser = truth, default_value = "False", action = clap::ArgAction::Set, help_heading = "Model")]
+    pub bias: bool,
+    /// The softmax of attention
+    #[arg(long, value_enum, default_value_t = SoftmaxFunc::MemOpt, help_heading = "Model")]
+    pub softmax_func: SoftmaxFunc,
+    /// How positions enter attention
+    #[arg(long, value_enum, default_value_t = PositionalEncoder::Rotary, help_heading = "Model")]
+    pub positional_encoder: PositionalEncoder,
+    /// With rotary_mem_jump: positions jump by less than this at each landmark, or None
+    #[arg(long, value_name = "N", value_parser = none_or::<u64>, default_value = "None", help_heading = "Model")]
+    pub pos_jump_on_mem: NoneOr<u64>,
+    /// With landmark_with_cmt: the share of landmarks that the context-miss token does not weigh, or None
+    #[arg(long, value_name = "N", value_parser = none_or::<f64>, default_value = "0.0", help_heading = "Model")]
+    pub under_rem_score_prob: NoneOr<f64>,
+
+    /// Measure loss, perplexity and accuracy on the validation data every so many iterations
+    #[arg(long, value_name = "N", default_value_t = 200, help_heading = "Results")]
+    pub eval_freq: usize,
+    /// Experiments go to DIR/DATASET/MODEL/NAME
+    #[arg(long, value_name = "DIR", default_value = "./exps", help_heading = "Results")]
+    pub results_base_folder: PathBuf,
+    /// The name of the experiment. Left out: made of the settings as the reference makes it
+    #[arg(long, value_name = "NAME", help_heading = "Results")]
+    pub exp_name: Option<String>,
+    /// Goes before the name that is made of the settings
+    #[arg(long, value_name = "PREFIX", help_heading = "Results")]
+    pub run_prefix: Option<String>,
+    /// Save a checkpoint every so many iterations; None: only when the run ends or is stopped
+    #[arg(long, value_name = "N", value_parser = none_or::<usize>, default_value = "None", help_heading = "Results")]
+    pub save_checkpoint_freq: NoneOr<usize>,
+    /// Keep only the newest so many checkpoints, or None for all
+    #[arg(long, value_name = "N", value_parser = none_or::<usize>, default_value = "None", help_heading = "Results")]
+    pub keep_checkpoints: NoneOr<usize>,
+    /// Go on from the newest checkpoint of the experiment that is whole; from the start if there is none
+    #[arg(long, help_heading = "Results")]
+    pub resume: bool,
+
+    /// The format of the reference's configuration
+    #[arg(long, value_enum, default_value_t = ConfigFormat::Rotary, help_heading = "Accepted: they change nothing here")]
+    pub config_format: ConfigFormat,
+    /// Nothing is ever compiled here
+    #[arg(long, help_heading = "Accepted: they change nothing here")]
+    pub no_compile: bool,
+    /// There is no limit on the number of blocks here
+    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Accepted: they change nothing here")]
+    pub max_groups_for_softmax: usize,
+    /// The project that --wandb reports to, which is not available yet
+    #[arg(long, default_value = "my-project", help_heading = "Accepted: they change nothing here")]
+    pub wandb_project: String,
+
+    #[command(flatten)]
+    pub refused: Refused,
+}
+
+/// Flags of the reference that have no meaning in training here: any value but the default is refused with the reason.
+#[derive(Args, Clone, Debug)]
+#[command(rename_all = "snake_case", next_help_heading = "Flags of the reference that are refused, with the reason")]
+pub struct Refused {
+    /// Weights & Biases: not available yet
+    #[arg(long)]
+    pub wandb: bool,
+    /// Several devices: not available yet
+    #[arg(long, value_enum, default_value_t = DistributedBackend::None)]
+    pub distributed_backend: DistributedBackend,
+    /// transformer_xl: not available yet
+    #[arg(long, value_enum, default_value_t = OptimizationProcess::Landmark, hide_possible_values = true)]
+    pub optimization_process: OptimizationProcess,
+    /// Of Transformer-XL training
+    #[arg(long, value_name = "N", value_parser = none_or::<usize>, default_value = "None")]
+    pub total_sequence_length: NoneOr<usize>,
+    /// Of Transformer-XL training
+    #[arg(long)]
+    pub allow_cache_during_training: bool,
+    /// Of Transformer-XL training
+    #[arg(long)]
+    pub postpone_lm_cache: bool,
+    /// Accepted with landmark_with_cmt, which always has its context-miss token
+    #[arg(long)]
+    pub enable_rem_score: bool,
+    /// Of inference
+    #[arg(long, value_name = "N", value_parser = none_or::<f64>, default_value = "None")]
+    pub rem_cutoff: NoneOr<f64>,
+    /// Of inference
+    #[arg(long)]
+    pub use_cache: bool,
+    /// Of inference
+    #[arg(long, value_enum, default_value_t = LmCache::None, hide_possible_values = true)]
+    pub lm_cache: LmCache,
+    /// Of inference
+    #[arg(long, value_name = "N", value_parser = none_or::<usize>, default_value = "None")]
+    pub mem_cache_size: NoneOr<usize>,
+    /// Of inference
+    #[arg(long, value_name = "N", value_parser = none_or::<usize>, default_value = "None")]
+    pub mem_cache_freq: NoneOr<usize>,
+    /// Of inference
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cache_topk: usize,
+    /// Of inference
+    #[arg(long, default_value = "per_token_and_head")]
+    pub cache_selection_method: String,
+    /// Of inference
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub eval_seq_length: usize,
+    /// Of inference
+    #[arg(long, value_name = "N", value_parser = none_or::<usize>, default_value = "None")]
+    pub eval_sample_size: NoneOr<usize>,
+    /// Of inference
+    #[arg(long, value_name = "N", default_value_t = 250)]
+    pub mid_length: usize,
+}

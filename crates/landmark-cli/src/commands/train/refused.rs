@@ -1,0 +1,68 @@
+//! Flags of the reference that are refused, each by its name and with the reason.
+
+use super::flags::{DistributedBackend, Flags, LmCache, Model, Opt, OptimizationProcess, PositionalEncoder, Refused};
+use anyhow::bail;
+
+const INFERENCE: &str =
+    "training reads no cache and the evaluation in it is of single windows; it is a flag of inference";
+const XL: &str = "it belongs to Transformer-XL training, which is not available yet";
+const CMT: &str = "only --model landmark_with_cmt has a context-miss token";
+
+/// Refuses what cannot be done.
+pub fn check(flags: &Flags) -> anyhow::Result<()> {
+    let Refused {
+        wandb,
+        distributed_backend,
+        optimization_process,
+        total_sequence_length,
+        allow_cache_during_training,
+        postpone_lm_cache,
+        enable_rem_score,
+        rem_cutoff,
+        use_cache,
+        lm_cache,
+        mem_cache_size,
+        mem_cache_freq,
+        cache_topk,
+        cache_selection_method,
+        eval_seq_length,
+        eval_sample_size,
+        mid_length,
+    } = &flags.refused;
+    let has_cmt = flags.model == Model::LandmarkWithCmt;
+    let jumps = flags.positional_encoder == PositionalEncoder::RotaryMemJump;
+    let refusals = [
+        ("wandb", *wandb, "Weights & Biases runs arrive with a later release; metrics.jsonl has the same numbers"),
+        (
+            "distributed_backend nccl",
+            *distributed_backend != DistributedBackend::None,
+            "this build trains on one device",
+        ),
+        ("opt adafactor", flags.opt == Opt::Adafactor, "it is not available yet; use adamw or sgd"),
+        (
+            "optimization_process transformer_xl",
+            *optimization_process != OptimizationProcess::Landmark,
+            "it is not available yet",
+        ),
+        ("total_sequence_length", total_sequence_length.is_some(), XL),
+        ("allow_cache_during_training", *allow_cache_during_training, XL),
+        ("postpone_lm_cache", *postpone_lm_cache, XL),
+        ("enable_rem_score", *enable_rem_score && !has_cmt, CMT),
+        ("under_rem_score_prob", flags.under_rem_score_prob != Some(0.) && !has_cmt, CMT),
+        ("rem_cutoff", rem_cutoff.is_some(), "the reference does not train with it; it is a flag of inference"),
+        ("pos_jump_on_mem", flags.pos_jump_on_mem.is_some() && !jumps, "it needs --positional_encoder rotary_mem_jump"),
+        ("use_cache", *use_cache, INFERENCE),
+        ("lm_cache", *lm_cache != LmCache::None, INFERENCE),
+        ("mem_cache_size", mem_cache_size.is_some(), INFERENCE),
+        ("mem_cache_freq", mem_cache_freq.is_some(), INFERENCE),
+        ("cache_topk", *cache_topk != 1, INFERENCE),
+        ("cache_selection_method", cache_selection_method != "per_token_and_head", INFERENCE),
+        ("eval_seq_length", *eval_seq_length != 512, INFERENCE),
+        ("eval_sample_size", eval_sample_size.is_some(), INFERENCE),
+        ("mid_length", *mid_length != 250, INFERENCE),
+    ];
+    match refusals.into_iter().find(|(_, given, _)| *given) {
+        Some((flag, _, reason)) => bail!("--{flag} is refused: {reason}"),
+        None => Ok(()),
+    }
+}

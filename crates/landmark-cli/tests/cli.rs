@@ -1,0 +1,212 @@
+//! The command line of the real binary.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn landmark(folder: &Path, arguments: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_landmark"));
+    command.current_dir(folder).args(arguments.split_whitespace()).output().unwrap()
+}
+
+/// The error that a command line ends with, which is one line.
+fn error(folder: &Path, arguments: &str) -> String {
+    let output = landmark(folder, arguments);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{arguments}: {text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+    text
+}
+
+/// A folder with prepared data named `pg19`, tiny.
+fn prepared() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for (set, lines) in [("train", 300), ("validation", 100)] {
+        fs::create_dir_all(folder.path().join("text").join(set)).unwrap();
+        let text: String = (0..lines).map(|i| format!("Chapter {i}. Call me Ishmael. ")).collect();
+        fs::write(folder.path().join("text").join(set).join("1.txt"), text).unwrap();
+    }
+    let output = landmark(folder.path(), "prepare --dataset pg19 --data_dir text --tokenizer bytes --out data/pg19");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    folder
+}
+
+/// The reference's command line as its authors give it, but for the sizes and --wandb.
+const SEED: &str = "train --config_format rotary --model landmark --n_embd 1024 --n_head 8 --n_layer 12 --batch_size 16 \
+    --sequence_length 512 --acc_steps 8 --wandb_project memory-llm --dataset pg19 --iterations 240000 --dropout 0.0 \
+    --positional_encoder rotary --softmax_func mem_opt --mem_freq 50 --wandb --save_checkpoint_freq 20000";
+
+fn small_seed() -> String {
+    let smaller = [
+        ("--n_embd 1024", "--n_embd 32"),
+        ("--n_layer 12", "--n_layer 1"),
+        ("--batch_size 16", "--batch_size 2"),
+        ("--acc_steps 8", "--acc_steps 2"),
+        ("--iterations 240000", "--iterations 6"),
+        ("--save_checkpoint_freq 20000", "--save_checkpoint_freq 2"),
+        (" --wandb ", " "),
+    ];
+    smaller.into_iter().fold(SEED.to_string(), |line, (from, to)| {
+        assert!(line.contains(from));
+        line.replace(from, to)
+    })
+}
+
+#[test]
+fn the_seeds_command_line_is_understood() {
+    let folder = prepared();
+    // Whole, it fails for --wandb alone.
+    assert!(error(folder.path(), SEED).starts_with("landmark: error: --wandb is refused"));
+    let output = landmark(folder.path(), &small_seed());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let log = String::from_utf8(output.stderr).unwrap();
+    assert!(log.contains("--dtype torch.bfloat16: on the CPU training runs in float32"), "{log}");
+    assert!(log.contains("6/6 loss=") && log.contains("tok/s ETA 0:00:00") && log.contains("6 [val] loss="), "{log}");
+    let experiment = "exps/pg19/landmark/landmark_lr0.002_memfreq50_bs2x2_seqlen512/\
+        iterations=6_save_checkpoint_freq=2_dataset=pg19_n_layer=1_n_embd=32_seed=2";
+    let experiment = folder.path().join(experiment);
+    for file in ["metrics.jsonl", "summary.json", "ckpt_2/SHA256SUMS", "ckpt_6/tokenizer.json", "ckpt_6/state.json"] {
+        assert!(experiment.join(file).is_file(), "{file}");
+    }
+    let again = landmark(folder.path(), &small_seed());
+    assert!(again.status.success() && String::from_utf8_lossy(&again.stdout).starts_with("Already found experiment"));
+}
+
+#[test]
+fn a_time_limit_stops_and_resume_goes_on() {
+    let folder = prepared();
+    let line = small_seed().replace("--iterations 6", "--iterations 20 --exp_name e");
+    let output = landmark(folder.path(), &format!("{line} --time_limit 0"));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        output.status.success() && text.starts_with("Stopped at iteration 1 of 20") && text.contains("--resume"),
+        "{text}"
+    );
+    let refused = landmark(folder.path(), &line);
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        !refused.status.success() && text.contains("holds an unfinished run at iteration 1: pass --resume"),
+        "{text}"
+    );
+    assert!(landmark(folder.path(), &format!("{line} --resume")).status.success());
+    assert!(folder.path().join("exps/pg19/landmark/e/ckpt_20/model.safetensors").is_file());
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_saves_and_says_how_to_go_on() {
+    let folder = prepared();
+    let line = small_seed().replace("--iterations 6", "--iterations 100000 --exp_name e");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_landmark"));
+    command.current_dir(folder.path()).args(line.split_whitespace());
+    let child = command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let experiment = folder.path().join("exps/pg19/landmark/e");
+    while !experiment.join("ckpt_2").exists() {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(130), "{text}");
+    let iteration = text.strip_prefix("Stopped at iteration ").and_then(|rest| rest.split(' ').next()).unwrap();
+    assert!(experiment.join(format!("ckpt_{iteration}/model.safetensors")).is_file(), "{text}");
+    assert!(text.contains("--resume"), "{text}");
+}
+
+#[test]
+fn refused_flags_say_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let cases = [
+        ("--wandb", "wandb is refused: Weights & Biases"),
+        ("--distributed_backend nccl", "distributed_backend nccl is refused: this build trains on one device"),
+        ("--opt adafactor", "opt adafactor is refused: it is not available yet"),
+        ("--optimization_process transformer_xl", "transformer_xl is refused: it is not available yet"),
+        ("--total_sequence_length 2048", "total_sequence_length is refused: it belongs to Transformer-XL"),
+        ("--allow_cache_during_training", "allow_cache_during_training is refused: it belongs to Transformer-XL"),
+        ("--postpone_lm_cache", "postpone_lm_cache is refused: it belongs to Transformer-XL"),
+        ("--enable_rem_score", "enable_rem_score is refused: only --model landmark_with_cmt"),
+        ("--under_rem_score_prob 0.5", "under_rem_score_prob is refused: only --model landmark_with_cmt"),
+        ("--rem_cutoff 0.1", "rem_cutoff is refused: the reference does not train with it"),
+        ("--pos_jump_on_mem 9", "pos_jump_on_mem is refused: it needs --positional_encoder rotary_mem_jump"),
+        ("--use_cache", "use_cache is refused: training reads no cache"),
+        ("--lm_cache mem", "lm_cache is refused: training reads no cache"),
+        ("--mem_cache_size 40", "mem_cache_size is refused: training reads no cache"),
+        ("--mem_cache_freq 50", "mem_cache_freq is refused: training reads no cache"),
+        ("--cache_topk 4", "cache_topk is refused: training reads no cache"),
+        ("--cache_selection_method max_over_heads", "cache_selection_method is refused: training reads no cache"),
+        ("--eval_seq_length 2048", "eval_seq_length is refused: training reads no cache"),
+        ("--eval_sample_size 4", "eval_sample_size is refused: training reads no cache"),
+        ("--mid_length 200", "mid_length is refused: training reads no cache"),
+        ("--device cuda:0", "device cuda:0: this build has no CUDA"),
+        ("--dataset pg19 --data_dir nowhere", "dataset pg19: no usable data in nowhere"),
+        ("", "dataset NAME is missing"),
+        ("--dataset ../x", "dataset ../x: expected the name of a folder"),
+        ("--dataset x --exp_name ../y", "exp_name ../y: expected a name"),
+        ("--time_limit -1", "time_limit"),
+    ];
+    for (flags, reason) in cases {
+        let flags = if flags.starts_with("--time_limit") { "--time_limit=-1" } else { flags };
+        let text = error(folder.path(), &format!("train {flags}"));
+        assert!(text.contains(reason), "{flags}: {text}");
+    }
+    assert!(fs::read_dir(folder.path()).unwrap().next().is_none(), "a refused command leaves nothing behind");
+}
+
+#[test]
+fn bad_values_name_the_flag() {
+    let folder = prepared();
+    let cases = [
+        ("--vocab_size 257", "--vocab_size: 257 is too small for this data, whose ids and landmark need 258"),
+        ("--sequence_length 100000", "--sequence_length: 100000 is too long for the validation data"),
+        ("--n_head 7", "n_embd"),
+        ("--lr 0", "--lr: 0 is outside its range"),
+        ("--dropout 1", "dropout"),
+        ("--mem_freq 0", "mem_freq"),
+        ("--grad_clip 0", "--grad_clip: 0 is outside its range"),
+        ("--tokenizer missing.json", "--tokenizer"),
+    ];
+    for (flags, reason) in cases {
+        let text = error(folder.path(), &format!("train --dataset pg19 {flags}"));
+        assert!(text.contains(reason), "{flags}: {text}");
+    }
+}
+
+#[test]
+fn unknown_flags_and_values_fail() {
+    let folder = tempfile::tempdir().unwrap();
+    for arguments in [
+        "train --iteration 5",
+        "train --iterations many",
+        "train --mem_freq none",
+        "train --bias",
+        "train --bias maybe",
+        "train --scheduler cosine",
+        "train --model gpt2",
+        "train --device tpu",
+        "train --config_format base",
+        "prepare --dataset other --data_dir x --out y",
+        "prepare --dataset text --out y",
+        "unknown",
+    ] {
+        let output = landmark(folder.path(), arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments}");
+    }
+}
+
+#[test]
+fn help_and_completions_are_printed() {
+    let folder = tempfile::tempdir().unwrap();
+    for (arguments, expected) in [
+        ("train --help", "--save_checkpoint_freq"),
+        ("prepare --help", "--val_fraction"),
+        ("--help", "completions"),
+        ("", "Usage: landmark"),
+        ("completions bash", "complete -F"),
+        ("completions zsh", "#compdef landmark"),
+        ("completions fish", "complete -c landmark"),
+    ] {
+        let output = landmark(folder.path(), arguments);
+        assert!(output.status.success(), "{arguments}");
+        assert!(String::from_utf8(output.stdout).unwrap().contains(expected), "{arguments}");
+    }
+}

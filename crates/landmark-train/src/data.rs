@@ -1,0 +1,186 @@
+//! What a run is trained on: prepared tokens, their vocabulary, and the batches drawn from them.
+
+use crate::error::{Error, Result};
+use crate::settings::Settings;
+use landmark_data::{Batches, DataFolder, Landmarks, Stream, Tokenizer, Tokens};
+use landmark_models::gpt::GptConfig;
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// The reference's vocabulary: GPT-2's 50257 tokens, a landmark, and rows up to a multiple of 64.
+const GPT2: Vocabulary = Vocabulary { size: 50304, landmark_id: 50260, end_of_text: Some(50256) };
+/// The ids that GPT-2's tokenizer uses.
+const GPT2_TOKENS: usize = 50257;
+
+/// Tokens to train on and to evaluate on.
+pub struct Corpus {
+    /// To train on.
+    pub train: Tokens,
+    /// To evaluate on; may be empty.
+    pub validation: Tokens,
+    /// What made them. The reference's raw files may lack it; they are GPT-2's then.
+    pub tokenizer: Option<Tokenizer>,
+}
+
+/// The numbers of a vocabulary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vocabulary {
+    /// Rows of the embedding.
+    pub size: usize,
+    /// The id of the landmark token.
+    pub landmark_id: u32,
+    /// The id that ends a document.
+    pub end_of_text: Option<u32>,
+}
+
+/// The batches of a run.
+pub struct Data {
+    /// To train on.
+    pub train: Batches,
+    /// To evaluate on.
+    pub validation: Option<Batches>,
+    /// What made the tokens, to be kept with the model.
+    pub tokenizer: Option<Tokenizer>,
+}
+
+/// What tells one corpus from another, kept in checkpoints.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Identity {
+    pub train_tokens: u64,
+    pub validation_tokens: u64,
+    pub tokenizer: Option<String>,
+}
+
+impl Corpus {
+    /// Opens a folder of prepared data and checks all of it. `tokenizer` stands in where the folder lacks one.
+    pub fn open(folder: &Path, tokenizer: Option<Tokenizer>) -> Result<Self> {
+        let DataFolder { train, validation, tokenizer: own } = DataFolder::open(folder)?;
+        train.verify()?;
+        validation.verify()?;
+        let tokenizer = match (own, tokenizer) {
+            (Some(own), Some(given)) if own.fingerprint() != given.fingerprint() => {
+                let message = format!("{} was made with another tokenizer, which lies in it", folder.display());
+                return Err(Error::setting("tokenizer", message));
+            }
+            (own, given) => own.or(given),
+        };
+        Ok(Self { train: train.into(), validation: validation.into(), tokenizer })
+    }
+
+    /// The vocabulary of a model for this corpus, of `size` rows if that is given.
+    pub fn vocabulary(&self, size: Option<usize>) -> Result<Vocabulary> {
+        let natural = match &self.tokenizer {
+            None => GPT2,
+            Some(tokenizer) => match tokenizer.landmark_id() {
+                Some(id) => {
+                    Vocabulary { size: tokenizer.vocab_size(), landmark_id: id, end_of_text: tokenizer.end_of_text() }
+                }
+                None if tokenizer.vocab_size() == GPT2_TOKENS => GPT2,
+                // A tokenizer that knows no landmark: the first id that it does not use is the landmark's.
+                None => Vocabulary {
+                    size: tokenizer.vocab_size() + 1,
+                    landmark_id: tokenizer.vocab_size() as u32,
+                    end_of_text: tokenizer.end_of_text(),
+                },
+            },
+        };
+        let Some(size) = size else { return Ok(natural) };
+        let tokens = self.tokenizer.as_ref().map_or(GPT2_TOKENS, Tokenizer::vocab_size);
+        let needed = tokens.max(natural.landmark_id as usize + 1);
+        if size < needed {
+            let message = format!("{size} is too small for this data, whose ids and landmark need {needed}");
+            return Err(Error::setting("vocab_size", message));
+        }
+        Ok(Vocabulary { size, ..natural })
+    }
+
+    /// The batches of this corpus for a run whose model has this corpus's [`Corpus::vocabulary`].
+    pub fn batches(self, settings: &Settings) -> Result<Data> {
+        let GptConfig { mem_freq, sequence_length, landmark_id, .. } = settings.model;
+        let end_of_text = self.vocabulary(Some(settings.model.vocab_size))?.end_of_text;
+        let batches = |name: &str, tokens: Tokens| -> Result<Batches> {
+            let landmarks = landmarks(name, &tokens, landmark_id, mem_freq)?;
+            let stream = Stream::new(tokens, landmarks)?;
+            Batches::new(stream, settings.batch_size, sequence_length, end_of_text).map_err(|error| match error {
+                error @ landmark_data::Error::TooShort { .. } => Error::setting(
+                    "sequence_length",
+                    format!("{sequence_length} is too long for the {name} data: {error}"),
+                ),
+                other => other.into(),
+            })
+        };
+        let validation = match self.validation.is_empty() {
+            true => None,
+            false => Some(batches("validation", self.validation)?),
+        };
+        Ok(Data { train: batches("training", self.train)?, validation, tokenizer: self.tokenizer })
+    }
+}
+
+/// Where landmarks come from: the reference's own training files have them already.
+fn landmarks(name: &str, tokens: &Tokens, id: u32, mem_freq: Option<usize>) -> Result<Landmarks> {
+    let too_large = |_| Error::setting("mem_freq", "does not fit 32 bits");
+    let mem_freq = mem_freq.map(u32::try_from).transpose().map_err(too_large)?;
+    // No other block of theirs is longer than this.
+    const FIRST: u64 = 1 << 16;
+    let first = (0..FIRST.min(tokens.len())).position(|index| tokens.get(index) == Some(id));
+    match (first, mem_freq) {
+        (None, None) => Ok(Landmarks::None),
+        (None, Some(mem_freq)) => Ok(Landmarks::Insert { id, mem_freq }),
+        (Some(first), Some(mem_freq)) if first == mem_freq as usize => Ok(Landmarks::Present { id }),
+        (Some(first), _) => Err(Error::setting(
+            "mem_freq",
+            format!("the {name} data has landmarks already, the first after {first} tokens"),
+        )),
+    }
+}
+
+impl Data {
+    pub(crate) fn identity(&self) -> Identity {
+        Identity {
+            train_tokens: self.train.stream().len(),
+            validation_tokens: self.validation.as_ref().map_or(0, |batches| batches.stream().len()),
+            tokenizer: self.tokenizer.as_ref().map(|tokenizer| tokenizer.fingerprint().to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn corpus(train: Vec<u32>, tokenizer: Option<Tokenizer>) -> Corpus {
+        Corpus { train: train.into(), validation: Tokens::Memory(Vec::new()), tokenizer }
+    }
+
+    #[test]
+    fn vocabularies_come_from_the_tokenizer() {
+        assert_eq!(corpus(vec![], None).vocabulary(None).unwrap(), GPT2);
+        let bytes = || corpus(vec![], Some(Tokenizer::bytes()));
+        let expected = Vocabulary { size: 258, landmark_id: 257, end_of_text: Some(256) };
+        assert_eq!(bytes().vocabulary(None).unwrap(), expected);
+        assert_eq!(bytes().vocabulary(Some(320)).unwrap(), Vocabulary { size: 320, ..expected });
+        let error = bytes().vocabulary(Some(257)).unwrap_err().to_string();
+        assert!(error.starts_with("--vocab_size: 257 is too small") && error.ends_with("258"), "{error}");
+        assert!(corpus(vec![], None).vocabulary(Some(50260)).is_err());
+    }
+
+    #[test]
+    fn landmarks_that_are_there_are_not_inserted_again() {
+        let tokens: Vec<u32> = (0..50).map(|i| if i % 5 == 4 { 257 } else { 7 }).collect();
+        let batches = |tokens: &[u32], mem_freq| {
+            let corpus = corpus(tokens.to_vec(), Some(Tokenizer::bytes()));
+            let model =
+                GptConfig { vocab_size: 258, landmark_id: 257, sequence_length: 8, mem_freq, ..GptConfig::default() };
+            corpus.batches(&Settings { batch_size: 1, ..Settings::of(model) })
+        };
+        let landmarks = |tokens: &[u32], mem_freq| batches(tokens, mem_freq).unwrap().train.stream().landmarks();
+        assert_eq!(landmarks(&tokens, Some(4)), Landmarks::Present { id: 257 });
+        assert_eq!(landmarks(&[7; 50], None), Landmarks::None);
+        assert_eq!(landmarks(&[7; 50], Some(4)), Landmarks::Insert { id: 257, mem_freq: 4 });
+        assert!(batches(&tokens, Some(5)).is_err_and(|error| error.to_string().contains("--mem_freq")));
+        assert!(batches(&tokens, None).is_err());
+        let short = batches(&[7; 5], None).err().unwrap().to_string();
+        assert!(short.starts_with("--sequence_length: 8 is too long for the training data"), "{short}");
+    }
+}

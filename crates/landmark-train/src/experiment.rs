@@ -1,0 +1,164 @@
+//! The folder of an experiment: its lock, its metrics, its checkpoints and its summary.
+
+use crate::checkpoint::{self, Found};
+use crate::data::{Data, Identity};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::metrics::Metrics;
+use crate::settings::Settings;
+use crate::trainer::Trainer;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+
+const SUMMARY: &str = "summary.json";
+
+/// What a run remembers from evaluation to evaluation.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct History {
+    /// The iterations after which the run was evaluated.
+    pub iterations: Vec<usize>,
+    /// The loss of the step before.
+    pub train_loss: Vec<f64>,
+    /// The loss on the validation data, if there are any.
+    pub val_loss: Vec<f64>,
+    /// The accuracy on them.
+    pub val_acc: Vec<f64>,
+}
+
+/// What a checkpoint remembers beside the model and the optimizer.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct State {
+    pub settings: Settings,
+    /// The number of the batch that comes next: all that is random follows from it and the seed.
+    pub next_batch: u64,
+    pub data: Identity,
+    pub history: History,
+}
+
+/// `summary.json`, with the reference's names.
+#[derive(Serialize)]
+struct Summary<'a> {
+    iterations: &'a [usize],
+    train_loss: &'a [f64],
+    val_loss: &'a [f64],
+    val_pp: Vec<f64>,
+    val_acc: &'a [f64],
+    checkpoint: String,
+    args: &'a Settings,
+}
+
+/// The folder, held against other processes.
+pub(crate) struct Experiment {
+    folder: PathBuf,
+    metrics: Metrics,
+    /// The iteration of the newest checkpoint that is whole.
+    saved: Option<usize>,
+    _lock: File,
+}
+
+/// Whether a run in this folder was finished.
+pub fn is_finished(folder: &Path) -> bool {
+    folder.join(SUMMARY).is_file()
+}
+
+/// Takes the folder, and finds the checkpoint to go on from. `None`: the run was finished before. `note` is told what a user
+/// may want to know.
+pub(crate) fn start(
+    folder: &Path,
+    resume: bool,
+    note: &mut dyn FnMut(String),
+) -> Result<Option<(Experiment, Option<Found<State>>)>> {
+    fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    let lock = lock(folder)?;
+    if is_finished(folder) {
+        return Ok(None);
+    }
+    for name in checkpoint::clean(folder)? {
+        note(format!("removed {name}, which a killed save left behind"));
+    }
+    if let (false, Some(&iteration)) = (resume, checkpoint::iterations(folder)?.last()) {
+        return Err(Error::Unfinished { path: folder.to_path_buf(), iteration });
+    }
+    let found = if resume { checkpoint::latest::<State>(folder)? } else { None };
+    let saved = found.as_ref().map(|found| found.iteration);
+    let metrics = Metrics::open(&folder.join("metrics.jsonl"), saved.unwrap_or(0))?;
+    let experiment = Experiment { folder: folder.to_path_buf(), metrics, saved, _lock: lock };
+    match &found {
+        Some(found) => {
+            for error in &found.skipped {
+                note(format!("{error}; going back to iteration {}", found.iteration));
+            }
+        }
+        None if resume => note(format!("no checkpoint in {} yet: starting from the first iteration", folder.display())),
+        None => {}
+    }
+    Ok(Some((experiment, found)))
+}
+
+/// Two processes in one folder would remove each other's files. The system drops the lock with the process.
+fn lock(folder: &Path) -> Result<File> {
+    let path = folder.join(".lock");
+    let file = File::create(&path).map_err(Error::io("create", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::Locked { path: folder.to_path_buf() }),
+        // Some network file systems know no locks; training there is not to be prevented.
+        Err(TryLockError::Error(error)) if error.kind() == std::io::ErrorKind::Unsupported => Ok(file),
+        Err(TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
+    }
+}
+
+impl Experiment {
+    /// Appends a line to the metrics.
+    pub(crate) fn record(&mut self, line: &impl Serialize) -> Result<()> {
+        self.metrics.append(line)
+    }
+
+    /// Saves a checkpoint, unless this iteration has one. Returns its folder if one was made.
+    pub(crate) fn save(
+        &mut self,
+        settings: &Settings,
+        data: &Data,
+        trainer: &Trainer,
+        history: &History,
+    ) -> Result<Option<PathBuf>> {
+        let iteration = trainer.iteration();
+        if self.saved == Some(iteration) {
+            return Ok(None);
+        }
+        // A resumed run cuts the metrics at its checkpoint: they must not end before it.
+        self.metrics.sync()?;
+        let state = State {
+            settings: settings.clone(),
+            next_batch: iteration as u64 * settings.acc_steps as u64,
+            data: data.identity(),
+            history: history.clone(),
+        };
+        let path = checkpoint::save(&self.folder, iteration, state, |folder| {
+            trainer.save(folder)?;
+            data.tokenizer.as_ref().map_or(Ok(()), |tokenizer| Ok(tokenizer.save(folder)?))
+        })?;
+        self.saved = Some(iteration);
+        if let Some(keep) = settings.keep_checkpoints {
+            checkpoint::prune(&self.folder, keep)?;
+        }
+        Ok(Some(path))
+    }
+
+    /// Marks the run as finished.
+    pub(crate) fn finish(&self, settings: &Settings, history: &History) -> Result<()> {
+        let summary = Summary {
+            iterations: &history.iterations,
+            train_loss: &history.train_loss,
+            val_loss: &history.val_loss,
+            val_pp: history.val_loss.iter().map(|loss| loss.exp()).collect(),
+            val_acc: &history.val_acc,
+            checkpoint: checkpoint::path(Path::new(""), settings.iterations).display().to_string(),
+            args: settings,
+        };
+        let path = self.folder.join(SUMMARY);
+        let summary = serde_json::to_vec_pretty(&summary).map_err(|error| Error::format(&path, error))?;
+        files::write(&path, &summary)
+    }
+}

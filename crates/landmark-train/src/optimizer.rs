@@ -1,0 +1,326 @@
+//! The optimizer: parameter groups, gradients over micro-steps, clipping, and one step over all parameters.
+
+use crate::error::{Error, Result};
+use crate::update::{AdamW, AddAssign, Buffer, Sgd, sum_of_squares};
+use candle_core::{Tensor, Var, backprop::GradStore};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde::{Deserialize, Serialize};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// The rule that turns a gradient into a step.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// Adam with decoupled weight decay, epsilon 1e-8.
+    AdamW {
+        /// How slowly the mean of the gradient forgets.
+        beta1: f64,
+        /// How slowly the mean of its square forgets.
+        beta2: f64,
+    },
+    /// Gradient descent with momentum 0.9.
+    Sgd,
+}
+
+impl Method {
+    /// The names of what is remembered for each parameter.
+    fn states(&self) -> &'static [&'static str] {
+        match self {
+            Self::AdamW { .. } => &["exp_avg", "exp_avg_sq"],
+            Self::Sgd => &["momentum"],
+        }
+    }
+}
+
+/// One parameter, its group and its state.
+struct Slot {
+    name: String,
+    var: Var,
+    decayed: bool,
+    state: Vec<Buffer>,
+}
+
+/// Updates a model's parameters in place.
+pub struct Optimizer {
+    slots: Vec<Slot>,
+    method: Method,
+    weight_decay: f64,
+    clip: Option<f64>,
+    step: usize,
+}
+
+/// The gradients of one step: those of its micro-steps, added up. The reference does not divide by their number.
+pub struct Gradients(Vec<Option<Tensor>>);
+
+impl Optimizer {
+    /// An optimizer of these parameters that has made no step. `clip` bounds the norm of all gradients together.
+    pub fn new(
+        parameters: &BTreeMap<String, Var>,
+        method: Method,
+        weight_decay: f64,
+        clip: Option<f64>,
+    ) -> Result<Self> {
+        let slot = |(name, var): (&String, &Var)| -> Result<Slot> {
+            let zeros = || Buffer::zeros(var.dtype(), var.elem_count());
+            let state = method.states().iter().map(|_| zeros()).collect::<candle_core::Result<_>>()?;
+            Ok(Slot { name: name.clone(), var: var.clone(), decayed: decays(name, var), state })
+        };
+        let slots = parameters.iter().map(slot).collect::<Result<_>>()?;
+        Ok(Self { slots, method, weight_decay, clip, step: 0 })
+    }
+
+    /// No gradients yet.
+    pub fn gradients(&self) -> Gradients {
+        Gradients(self.slots.iter().map(|_| None).collect())
+    }
+
+    /// Adds the gradients of one micro-step, taking them out of `store`.
+    pub fn accumulate(&self, gradients: &mut Gradients, store: &mut GradStore) -> Result<()> {
+        for (slot, sum) in self.slots.iter().zip(&mut gradients.0) {
+            let Some(gradient) = store.remove(&slot.var) else { continue };
+            let gradient = gradient.contiguous()?;
+            match sum {
+                Some(sum) => sum.inplace_op2(&gradient, &AddAssign)?,
+                None => *sum = Some(gradient),
+            }
+        }
+        Ok(())
+    }
+
+    /// One step at learning rate `rate`. A parameter without a gradient stays as it is. Returns the norm of the gradients
+    /// before clipping, if they are clipped.
+    pub fn step(&mut self, gradients: &Gradients, rate: f64) -> Result<Option<f64>> {
+        let (norm, scale) = match self.clip {
+            None => (None, 1.),
+            Some(limit) => {
+                let norm = gradients.norm()?;
+                // As PyTorch's clip_grad_norm_, whose small constant keeps a gradient of zero apart from 0 / 0.
+                (Some(norm), (limit / (norm + 1e-6)).min(1.))
+            }
+        };
+        self.step += 1;
+        for (slot, gradient) in self.slots.iter_mut().zip(&gradients.0) {
+            let Some(gradient) = gradient else { continue };
+            let decay = if slot.decayed { self.weight_decay } else { 0. };
+            match (self.method, slot.state.as_mut_slice()) {
+                (Method::AdamW { beta1, beta2 }, [first, second]) => {
+                    let (first, second) = (RefCell::new(first), RefCell::new(second));
+                    let op = AdamW { first, second, scale, rate, decay, beta1, beta2, step: self.step };
+                    slot.var.inplace_op2(gradient, &op)?;
+                }
+                (Method::Sgd, [momentum]) => {
+                    let op = Sgd { momentum: RefCell::new(momentum), scale, rate, decay };
+                    slot.var.inplace_op2(gradient, &op)?;
+                }
+                _ => unreachable!("every slot holds the states that its method names"),
+            }
+        }
+        Ok(norm)
+    }
+
+    /// Writes the state of every parameter, by name, into a safetensors file.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let entries = self.entries();
+        let views = entries.iter().map(|(name, slot, state)| {
+            let dtype = match state {
+                Buffer::F32(_) => Dtype::F32,
+                Buffer::F64(_) => Dtype::F64,
+            };
+            Ok((name, TensorView::new(dtype, slot.var.dims().to_vec(), state.bytes())?))
+        });
+        let views = views.collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>();
+        let metadata = [("step".to_string(), self.step.to_string())].into();
+        views
+            .and_then(|views| safetensors::serialize_to_file(views, Some(metadata), path))
+            .map_err(|error| Error::format(path, error))
+    }
+
+    /// Takes the state from a file that [`Optimizer::save`] wrote for the same parameters and method.
+    pub fn load(&mut self, path: &Path) -> Result<()> {
+        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|error| Error::format(path, error))?;
+        let step = header.metadata().as_ref().and_then(|fields| fields.get("step")?.parse().ok());
+        let tensors = SafeTensors::deserialize(&bytes).map_err(|error| Error::format(path, error))?;
+        let states = self.method.states();
+        for slot in &mut self.slots {
+            for (state, kind) in slot.state.iter_mut().zip(states) {
+                let name = format!("{}.{kind}", slot.name);
+                let view = tensors.tensor(&name).map_err(|error| Error::format(path, error))?;
+                let to = state.bytes_mut();
+                if view.data().len() != to.len() || view.shape() != slot.var.dims() {
+                    return Err(Error::format(path, format!("{name} does not have the shape and type of its weight")));
+                }
+                to.copy_from_slice(view.data());
+            }
+        }
+        self.step = step.ok_or_else(|| Error::format(path, "the number of steps is missing from its metadata"))?;
+        Ok(())
+    }
+
+    /// Every state with its name in the file.
+    fn entries(&self) -> Vec<(String, &Slot, &Buffer)> {
+        let mut entries = Vec::new();
+        for slot in &self.slots {
+            for (state, kind) in slot.state.iter().zip(self.method.states()) {
+                entries.push((format!("{}.{kind}", slot.name), slot, state));
+            }
+        }
+        entries
+    }
+}
+
+impl Gradients {
+    /// The norm of all gradients as one vector.
+    pub fn norm(&self) -> Result<f64> {
+        let mut sum = 0.;
+        for gradient in self.0.iter().flatten() {
+            sum += sum_of_squares(gradient)?;
+        }
+        Ok(sum.sqrt())
+    }
+}
+
+/// Whether weight decay applies: to the weights of linear layers, so neither to vectors (biases, LayerNorm) nor to
+/// embeddings, of which the token embedding is tied to the output layer.
+fn decays(name: &str, var: &Var) -> bool {
+    let is_embedding = name.ends_with("wte.weight") || name.ends_with("wpe.weight") || name.contains("embedding");
+    name.ends_with("weight") && var.rank() == 2 && !is_embedding
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device};
+
+    const ADAMW: Method = Method::AdamW { beta1: 0.9, beta2: 0.95 };
+
+    /// A decayed and an undecayed parameter; the first is longer than what a thread takes at a time.
+    fn parameters(dtype: DType) -> BTreeMap<String, Var> {
+        let var = |rows: usize, columns: usize| {
+            let values = Tensor::arange(0f64, (rows * columns) as f64, &Device::Cpu).unwrap();
+            let values = (values.sin().unwrap() * 0.1).unwrap().reshape((rows, columns)).unwrap();
+            Var::from_tensor(&values.to_dtype(dtype).unwrap()).unwrap()
+        };
+        [("h.0.c_fc.weight", var(200, 173)), ("transformer.wte.weight", var(3, 5))].map(|(n, v)| (n.into(), v)).into()
+    }
+
+    /// The gradients of a loss in which `slope` sets how steep it is.
+    fn store(parameters: &BTreeMap<String, Var>, slope: f64) -> GradStore {
+        let terms =
+            parameters.values().map(|var| ((var.as_tensor() * slope).unwrap().sqr().unwrap()).sum_all().unwrap());
+        terms.reduce(|a, b| (a + b).unwrap()).unwrap().backward().unwrap()
+    }
+
+    fn values(var: &Var) -> Vec<f64> {
+        var.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn step(optimizer: &mut Optimizer, parameters: &BTreeMap<String, Var>, slopes: &[f64], rate: f64) -> Option<f64> {
+        let mut gradients = optimizer.gradients();
+        for slope in slopes {
+            optimizer.accumulate(&mut gradients, &mut store(parameters, *slope)).unwrap();
+        }
+        optimizer.step(&gradients, rate).unwrap()
+    }
+
+    /// Three steps of both methods, written out per element.
+    #[test]
+    fn steps_are_pytorchs() {
+        for (dtype, tolerance) in [(DType::F64, 1e-14), (DType::F32, 1e-6)] {
+            for method in [ADAMW, Method::Sgd] {
+                let parameters = parameters(dtype);
+                let start: Vec<_> = parameters.values().map(values).collect();
+                let mut optimizer = Optimizer::new(&parameters, method, 0.1, None).unwrap();
+                for rate in [1e-3, 2e-3, 1e-3] {
+                    assert_eq!(step(&mut optimizer, &parameters, &[1., 0.5], rate), None);
+                }
+                for ((name, var), start) in parameters.iter().zip(start) {
+                    let decay = if name.ends_with("wte.weight") { 0. } else { 0.1 };
+                    for (ours, start) in values(var).into_iter().zip(start) {
+                        let (mut p, mut m, mut v) = (start, 0., 0.);
+                        for (t, rate) in [(1, 1e-3), (2, 2e-3), (3, 1e-3)] {
+                            let g = 2. * p + 0.5 * p;
+                            match method {
+                                Method::AdamW { beta1, beta2 } => {
+                                    p *= 1. - rate * decay;
+                                    m = beta1 * m + (1. - beta1) * g;
+                                    v = beta2 * v + (1. - beta2) * g * g;
+                                    let (m, v) = (m / (1. - f64::powi(beta1, t)), v / (1. - f64::powi(beta2, t)));
+                                    p -= rate * m / (v.sqrt() + 1e-8);
+                                }
+                                Method::Sgd => {
+                                    m = 0.9 * m + g + decay * p;
+                                    p -= rate * m;
+                                }
+                            }
+                        }
+                        assert!((ours - p).abs() < tolerance, "{name} {method:?}: {ours} is not {p}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn clipping_bounds_the_norm_of_the_sum() {
+        let norm = |clip| {
+            let parameters = parameters(DType::F64);
+            let before: Vec<_> = parameters.values().flat_map(values).collect();
+            let mut optimizer = Optimizer::new(&parameters, Method::Sgd, 0., Some(clip)).unwrap();
+            let norm = step(&mut optimizer, &parameters, &[1., 1.], 1.).unwrap();
+            let expected = before.iter().map(|p| (4. * p).powi(2)).sum::<f64>().sqrt();
+            assert!((norm - expected).abs() < 1e-9, "{norm} is not {expected}");
+            let after = parameters.values().flat_map(values);
+            before.iter().zip(after).map(|(before, after)| (before - after).powi(2)).sum::<f64>().sqrt()
+        };
+        assert!((norm(0.25) - 0.25).abs() < 1e-6);
+        assert!(norm(1e9) > 1.);
+    }
+
+    #[test]
+    fn a_saved_state_goes_on_as_if_it_had_never_been_saved() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("optimizer.safetensors");
+        for method in [ADAMW, Method::Sgd] {
+            let parameters = parameters(DType::F32);
+            let mut optimizer = Optimizer::new(&parameters, method, 0.1, None).unwrap();
+            step(&mut optimizer, &parameters, &[1.], 1e-3);
+            optimizer.save(&path).unwrap();
+            let copies = parameters.iter().map(|(name, var)| {
+                (name.clone(), Var::from_tensor(&var.as_detached_tensor().force_contiguous().unwrap()).unwrap())
+            });
+            let copies: BTreeMap<_, _> = copies.collect();
+            let mut copy = Optimizer::new(&copies, method, 0.1, None).unwrap();
+            copy.load(&path).unwrap();
+            step(&mut optimizer, &parameters, &[0.3], 1e-3);
+            step(&mut copy, &copies, &[0.3], 1e-3);
+            for (name, var) in &parameters {
+                assert_eq!(values(var), values(&copies[name]));
+            }
+        }
+        // The state of another method, or of other parameters, is refused.
+        let parameters = parameters(DType::F32);
+        assert!(Optimizer::new(&parameters, ADAMW, 0., None).unwrap().load(&path).is_err());
+    }
+
+    #[test]
+    fn only_linear_weights_decay() {
+        let config = landmark_models::gpt::GptConfig {
+            n_embd: 8,
+            n_head: 1,
+            n_layer: 1,
+            vocab_size: 12,
+            landmark_id: 3,
+            bias: true,
+            model: landmark_models::gpt::Variant::LandmarkWithCmt,
+            ..Default::default()
+        };
+        let model = landmark_models::gpt::Gpt::init(&config, 0, DType::F32, &Device::Cpu).unwrap();
+        let decayed: Vec<_> =
+            model.parameters().iter().filter(|(name, var)| decays(name, var)).map(|(name, _)| name.as_str()).collect();
+        let layer = |name| format!("transformer.h.0.{name}.weight");
+        assert_eq!(decayed, ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"].map(layer));
+    }
+}

@@ -1,0 +1,109 @@
+//! The learning rate over time: PyTorch's `OneCycleLR` as the reference configures it, or a constant.
+
+use serde::{Deserialize, Serialize};
+
+/// The rate starts at the peak divided by this.
+const DIV_FACTOR: f64 = 100.;
+/// The rate ends at the start divided by this: a fifth of the peak.
+const FINAL_DIV_FACTOR: f64 = 0.05;
+
+/// How the learning rate moves from step to step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Anneal {
+    /// Half a cosine up to the peak, half a cosine down.
+    Cos,
+    /// A straight line up to the peak, a straight line down.
+    Linear,
+    /// The peak, always.
+    None,
+}
+
+/// The learning rate of every step of a run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Schedule {
+    /// The shape of both slopes.
+    pub anneal: Anneal,
+    /// The highest rate.
+    pub peak: f64,
+    /// The share of the steps that climb to it, 0 to 1.
+    pub warmup: f64,
+    /// The number of steps of the run.
+    pub steps: usize,
+}
+
+impl Schedule {
+    /// The rate of step `step`, the first being 0.
+    pub fn rate(&self, step: usize) -> f64 {
+        let slope = match self.anneal {
+            Anneal::Cos => {
+                |from: f64, to: f64, part: f64| to + (from - to) / 2. * ((std::f64::consts::PI * part).cos() + 1.)
+            }
+            Anneal::Linear => |from: f64, to: f64, part: f64| (to - from) * part + from,
+            Anneal::None => return self.peak,
+        };
+        let start = self.peak / DIV_FACTOR;
+        let end = start / FINAL_DIV_FACTOR;
+        let (step, last) = (step as f64, self.steps as f64 - 1.);
+        // PyTorch counts the warm-up in steps less one and leaves fractions in: the peak may fall between two steps.
+        let top = self.warmup * self.steps as f64 - 1.;
+        if step <= top {
+            slope(start, self.peak, part(step, 0., top))
+        } else {
+            slope(self.peak, end, part(step, top, last))
+        }
+    }
+}
+
+/// How far `step` is on the way between two steps. A way of no length has been gone (PyTorch divides by zero there).
+fn part(step: f64, from: f64, to: f64) -> f64 {
+    if to > from { (step - from) / (to - from) } else { 1. }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn schedule(anneal: Anneal, warmup: f64, steps: usize) -> Schedule {
+        Schedule { anneal, peak: 2e-3, warmup, steps }
+    }
+
+    #[test]
+    fn cosine_is_that_of_the_golden_run() {
+        let folder = std::env::var("LANDMARK_GOLDEN_DIR")
+            .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden").into());
+        let path = std::path::Path::new(&folder).join("gpt_train_25_steps.safetensors");
+        let golden = candle_core::safetensors::load(path, &candle_core::Device::Cpu).unwrap();
+        let rates = golden["lrs"].to_vec1::<f64>().unwrap();
+        let ours = schedule(Anneal::Cos, 0.2, rates.len());
+        for (step, rate) in rates.iter().enumerate() {
+            assert!((ours.rate(step) - rate).abs() < 1e-12, "step {step}: {} is not {rate}", ours.rate(step));
+        }
+    }
+
+    #[test]
+    fn linear_climbs_and_falls_in_equal_steps() {
+        let ours = schedule(Anneal::Linear, 0.2, 50);
+        let (start, end) = (2e-5, 4e-4);
+        for (step, expected) in
+            [(0, start), (3, start + (2e-3 - start) / 3.), (9, 2e-3), (29, 2e-3 - (2e-3 - end) * 0.5), (49, end)]
+        {
+            assert!((ours.rate(step) - expected).abs() < 1e-15, "step {step}: {} is not {expected}", ours.rate(step));
+        }
+    }
+
+    #[test]
+    fn no_warmup_and_single_steps_are_finite() {
+        assert_eq!(schedule(Anneal::None, 0.02, 10).rate(7), 2e-3);
+        // 0.02 of 50 steps is a warm-up of nothing: the first step has the peak.
+        assert_eq!(schedule(Anneal::Cos, 0.02, 50).rate(0), 2e-3);
+        for warmup in [0., 0.02, 0.5, 1.] {
+            for steps in 1..60 {
+                for anneal in [Anneal::Cos, Anneal::Linear] {
+                    let ours = schedule(anneal, warmup, steps);
+                    assert!((0..steps).all(|step| (1e-5..=2e-3 + 1e-12).contains(&ours.rate(step))));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! What decides a run.
+
+use crate::error::{Error, Result};
+use crate::optimizer::Method;
+use crate::schedule::{Anneal, Schedule};
+use landmark_models::gpt::GptConfig;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::path::Path;
+
+/// The settings of a run, resolved: what the command line, the data and the defaults came to. They are stored in every
+/// checkpoint. The fields are named as the flags of the command line.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// The model, its training window and the distance of landmarks.
+    pub model: GptConfig,
+    /// Windows in a batch.
+    pub batch_size: usize,
+    /// Batches in a step; their gradients are added up.
+    pub acc_steps: usize,
+    /// Decides the first weights, the order of the data and dropout.
+    pub seed: u64,
+    /// Steps of the run.
+    pub iterations: usize,
+    /// The highest learning rate.
+    pub lr: f64,
+    /// The share of the steps in which the learning rate climbs.
+    pub warmup_percent: f64,
+    /// How the learning rate moves.
+    pub scheduler: Anneal,
+    /// The optimizer.
+    pub opt: Method,
+    /// Weight decay of linear layers.
+    pub weight_decay: f64,
+    /// Bounds the norm of a step's gradient, the sum over its batches.
+    pub grad_clip: Option<f64>,
+    /// Evaluate every so many iterations, and after the last one.
+    pub eval_freq: usize,
+    /// Save a checkpoint every so many iterations; `None`: only when the run ends or is stopped.
+    pub save_checkpoint_freq: Option<usize>,
+    /// Keep only the newest so many checkpoints.
+    pub keep_checkpoints: Option<usize>,
+}
+
+/// Settings that change no weight: a run may be resumed with other ones.
+const FREE: [&str; 3] = ["eval_freq", "save_checkpoint_freq", "keep_checkpoints"];
+
+impl Settings {
+    /// The reference's defaults for the training of this model.
+    pub fn of(model: GptConfig) -> Self {
+        Self {
+            model,
+            batch_size: 50,
+            acc_steps: 4,
+            seed: 2,
+            iterations: 15_000,
+            lr: 2e-3,
+            warmup_percent: 0.02,
+            scheduler: Anneal::Cos,
+            opt: Method::AdamW { beta1: 0.9, beta2: 0.95 },
+            weight_decay: 1e-3,
+            grad_clip: None,
+            eval_freq: 200,
+            save_checkpoint_freq: None,
+            keep_checkpoints: None,
+        }
+    }
+
+    /// The learning rates of the run.
+    pub fn schedule(&self) -> Schedule {
+        Schedule { anneal: self.scheduler, peak: self.lr, warmup: self.warmup_percent, steps: self.iterations }
+    }
+
+    /// Refuses values that no run can have, by the name of the flag.
+    pub fn check(&self) -> Result<()> {
+        self.model.validate()?;
+        let counts = [
+            ("batch_size", Some(self.batch_size)),
+            ("acc_steps", Some(self.acc_steps)),
+            ("iterations", Some(self.iterations)),
+            ("eval_freq", Some(self.eval_freq)),
+            ("save_checkpoint_freq", self.save_checkpoint_freq),
+            ("keep_checkpoints", self.keep_checkpoints),
+        ];
+        for (flag, count) in counts {
+            if count == Some(0) {
+                return Err(Error::setting(flag, "0 is too small, expected at least 1"));
+            }
+        }
+        let within = |flag, value: f64, allowed: bool, range| {
+            let message = || format!("{value} is outside its range, expected {range}");
+            if allowed { Ok(()) } else { Err(Error::setting(flag, message())) }
+        };
+        let positive = |x: f64| x > 0. && x.is_finite();
+        within("lr", self.lr, positive(self.lr), "a number above 0")?;
+        let (warmup, decay) = (self.warmup_percent, self.weight_decay);
+        within("warmup_percent", warmup, (0. ..=1.).contains(&warmup), "a share from 0 to 1")?;
+        within("weight_decay", decay, decay >= 0. && decay.is_finite(), "a number from 0")?;
+        if let Some(clip) = self.grad_clip {
+            within("grad_clip", clip, positive(clip), "a number above 0, or None")?;
+        }
+        if let Method::AdamW { beta1, beta2 } = self.opt {
+            within("beta1", beta1, (0. ..1.).contains(&beta1), "at least 0 and below 1")?;
+            within("beta2", beta2, (0. ..1.).contains(&beta2), "at least 0 and below 1")?;
+        }
+        Ok(())
+    }
+
+    /// Refuses to go on from a checkpoint of a run that other settings decided.
+    pub(crate) fn check_same_run(&self, saved: &Self, checkpoint: &Path) -> Result<()> {
+        let value = |settings| serde_json::to_value(settings).map_err(|error| Error::format(checkpoint, error));
+        match difference("", &value(saved)?, &value(self)?) {
+            None => Ok(()),
+            Some((setting, saved, given)) => {
+                Err(Error::OtherRun { path: checkpoint.to_path_buf(), setting, saved, given })
+            }
+        }
+    }
+}
+
+/// The first setting that differs: its name, its saved and its given value.
+fn difference(name: &str, saved: &Value, given: &Value) -> Option<(String, String, String)> {
+    match (saved, given) {
+        (Value::Object(saved), Value::Object(given)) => saved.iter().find_map(|(key, value)| {
+            if name.is_empty() && FREE.contains(&key.as_str()) {
+                return None;
+            }
+            difference(key, value, given.get(key).unwrap_or(&Value::Null))
+        }),
+        _ if saved == given => None,
+        _ => Some((name.to_string(), saved.to_string(), given.to_string())),
+    }
+}
