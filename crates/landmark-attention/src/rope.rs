@@ -82,10 +82,7 @@ impl Rotation {
         Ok(x.apply_op1(self.clone())?)
     }
 
-    fn rotate<T: WithDType + From<f32>>(&self, x: &[T], layout: &Layout) -> Vec<T>
-    where
-        T: std::ops::Mul<Output = T> + std::ops::Add<Output = T> + std::ops::Sub<Output = T>,
-    {
+    fn rotate<T: WithDType>(&self, x: &[T], layout: &Layout) -> Vec<T> {
         let (batch, heads, time, head_dim) = layout.shape().dims4().expect("checked by apply");
         let [sb, sh, st] = [layout.stride()[0], layout.stride()[1], layout.stride()[2]];
         let per_row = self.table.len() == batch * time * self.n_freq && batch > 1;

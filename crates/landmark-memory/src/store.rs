@@ -115,11 +115,11 @@ mod tests {
         #[test]
         fn equals_a_list(max in proptest::option::of(1usize..40), runs in proptest::collection::vec(1usize..50, 1..12)) {
             let mut store = BlockStore::new([2, 1, 3, 2], max, DType::F32, &Device::Cpu).unwrap();
-            let (mut list, mut next) = (Vec::new(), 0f32);
+            let (mut list, mut next) = (Vec::<f32>::new(), 0f32);
             for n in runs {
                 let ids: Vec<f32> = (0..n).map(|i| next + i as f32).collect();
                 next += n as f32;
-                list.extend(&ids);
+                list.extend_from_slice(&ids);
                 let keys = Tensor::from_vec(ids, (1, 1, n, 1, 1), &Device::Cpu).unwrap().broadcast_as((2, 1, n, 3, 2)).unwrap();
                 store.append(&keys, &(&keys * -1.).unwrap()).unwrap();
                 let kept = &list[list.len().saturating_sub(max.unwrap_or(usize::MAX))..];

@@ -10,9 +10,8 @@
 
 use pulp::{Simd, WithSimd};
 
-use super::forward::{
-    KEYS_PER_TILE, Steps, TileInput, causal, each, inner_softmax_max, lane_positions, load, pack_transposed, store,
-};
+use super::column::{Column, Registers, each, lane_numbers, load};
+use super::forward::{KEYS_PER_TILE, Steps, TileInput, pack_transposed};
 use super::lanes::Real;
 use super::product::Product;
 use super::tiles::{Block, KeyTile, key_range, key_tiles};
@@ -93,7 +92,7 @@ impl<S: Simd, T: Real> WithSimd for BackwardTile<'_, S, T> {
             }
             let mut delta = T::default();
             for (&out, &dout) in out[i * d..(i + 1) * d].iter().zip(dout.from(i)) {
-                delta = delta + out * dout;
+                delta += out * dout;
             }
             bytemuck::cast_slice_mut::<_, T>(&mut scratch.delta)[i] = delta;
         }
@@ -191,71 +190,59 @@ impl<S: Simd, T: Real> Scratch<S, T> {
         input: &TileInput<T>,
         tile: &KeyTile,
         base: usize,
-        nv: usize,
+        row: usize,
         x: usize,
     ) {
-        let lse = load::<S, T, NV>(&self.lse, x);
-        let delta = load::<S, T, NV>(&self.delta, x);
-        let first = input.first + x * T::lanes::<S>();
-        let (weights, grads) = (&mut self.weights, &mut self.grads);
-        let at = |j: usize| (j - base) * nv + x;
+        let (lse, delta) = (load::<S, T, NV>(&self.lse, x), load::<S, T, NV>(&self.delta, x));
+        let mut weights = Column::<S, T, NV> { cells: &mut self.weights, row, at: x, base };
+        let mut grads = Column::<S, T, NV> { cells: &mut self.grads, row, at: x, base };
+        let (zero, one) = ([T::splat(s, T::default()); NV], [T::splat(s, T::cast(1.)); NV]);
         match tile {
             KeyTile::Past(range) => {
                 for block in &self.blocks[range.clone()] {
-                    let (start, n) = (at(block.start), block.end - block.start);
-                    let (_, l_c) = inner_softmax_max::<S, T, NV>(s, weights, start, nv, n, [T::splat(s, T::LOW); NV]);
-                    let d_c = inner_gradient::<S, T, NV>(s, weights, grads, start, nv, n, l_c);
-                    let landmark = load::<S, T, NV>(weights, at(block.end));
+                    let (_, l_c) = weights.inner_softmax(s, block.tokens());
+                    let d_c = inner_gradient(s, &weights, &grads, block, l_c);
+                    let landmark = weights.load(block.end);
                     let w_c = each!(v: T::exp2(s, T::vsub(s, landmark[v], lse[v])));
-                    let mut share = [T::splat(s, T::cast(1.)); NV];
-                    if let Some(draw) = &input.draw {
-                        draw.block(bytemuck::cast_slice_mut::<_, T>(&mut share), first, block.end);
-                    }
-                    let factor = each!(v: T::vmul(s, share[v], T::vdiv(s, w_c[v], l_c[v])));
-                    finish::<S, T, NV>(s, weights, grads, start, nv, n, factor, d_c);
-                    let d_landmark: [_; NV] =
-                        each!(v: T::vmul(s, w_c[v], T::vsub(s, T::vmul(s, share[v], d_c[v]), delta[v])));
-                    store(weights, at(block.end), [T::splat(s, T::default()); NV]);
-                    store(grads, at(block.end), d_landmark);
+                    let mut kept = one;
+                    input.drop_block::<S>(&mut kept, x, block);
+                    let factor = each!(v: T::vmul(s, kept[v], T::vdiv(s, w_c[v], l_c[v])));
+                    finish(s, &mut weights, &mut grads, block, factor, d_c);
+                    let d_landmark = each!(v: T::vmul(s, w_c[v], T::vsub(s, T::vmul(s, kept[v], d_c[v]), delta[v])));
+                    weights.store(block.end, zero);
+                    grads.store(block.end, d_landmark);
                 }
             }
             KeyTile::Mixed(block) => {
-                let (start, n) = (at(block.start), block.end - block.start);
-                let position = lane_positions::<S, T, NV>(x);
-                causal::<S, T, NV>(s, weights, start, nv, block.start..block.end, input, position);
-                let (m_c, l_c) = inner_softmax_max::<S, T, NV>(s, weights, start, nv, n, [T::splat(s, T::LOW); NV]);
-                let d_c = inner_gradient::<S, T, NV>(s, weights, grads, start, nv, n, l_c);
-                let landmark = load::<S, T, NV>(weights, at(block.end));
-                let behind = T::splat(s, T::cast((block.end + 1) as f64 - input.first as f64));
+                let position = lane_numbers::<S, T, NV>(x);
+                weights.hide(s, block.tokens(), position, |j| input.visible(j));
+                let (m_c, l_c) = weights.inner_softmax(s, block.tokens());
+                let d_c = inner_gradient(s, &weights, &grads, block, l_c);
+                let landmark = weights.load(block.end);
+                let past = T::splat(s, input.past(block));
                 let w_c = each!(v: T::exp2(s, T::vsub(s, landmark[v], lse[v])));
-                let mut share = [T::splat(s, T::cast(1.)); NV];
-                if let Some(draw) = &input.draw {
-                    draw.block(bytemuck::cast_slice_mut::<_, T>(&mut share), first, block.end);
-                }
+                let mut kept = one;
+                input.drop_block::<S>(&mut kept, x, block);
                 let factor = each!(v: {
-                    let by_landmark = T::vmul(s, share[v], T::vdiv(s, w_c[v], l_c[v]));
-                    T::select_le(s, behind, position[v], by_landmark, T::exp2(s, T::vsub(s, m_c[v], lse[v])))
+                    let share = T::vmul(s, kept[v], T::vdiv(s, w_c[v], l_c[v]));
+                    T::select_le(s, past, position[v], share, T::exp2(s, T::vsub(s, m_c[v], lse[v])))
                 });
-                let centre = each!(v: T::select_le(s, behind, position[v], d_c[v], delta[v]));
-                finish::<S, T, NV>(s, weights, grads, start, nv, n, factor, centre);
-                let zero = T::splat(s, T::default());
-                let d_landmark: [_; NV] = each!(v: {
-                    T::select_le(s, behind, position[v], T::vmul(s, w_c[v], T::vsub(s, T::vmul(s, share[v], d_c[v]), delta[v])), zero)
+                let centre = each!(v: T::select_le(s, past, position[v], d_c[v], delta[v]));
+                finish(s, &mut weights, &mut grads, block, factor, centre);
+                let d_landmark = each!(v: {
+                    let grad = T::vmul(s, w_c[v], T::vsub(s, T::vmul(s, kept[v], d_c[v]), delta[v]));
+                    T::select_le(s, past, position[v], grad, zero[v])
                 });
-                store(weights, at(block.end), [zero; NV]);
-                store(grads, at(block.end), d_landmark);
+                weights.store(block.end, zero);
+                grads.store(block.end, d_landmark);
             }
             KeyTile::Own(block) => {
-                let (start, n) = (at(block.start), block.end - block.start);
-                let position = lane_positions::<S, T, NV>(x);
-                causal::<S, T, NV>(s, weights, start, nv, block.start..block.end, input, position);
-                for row in 0..n {
-                    let index = start + row * nv;
-                    let (score, grad) = (load::<S, T, NV>(weights, index), load::<S, T, NV>(grads, index));
+                weights.hide(s, block.tokens(), lane_numbers::<S, T, NV>(x), |j| input.visible(j));
+                for j in block.tokens() {
+                    let (score, grad) = (weights.load(j), grads.load(j));
                     let weight = each!(v: T::exp2(s, T::vsub(s, score[v], lse[v])));
-                    let grad = each!(v: T::vsub(s, grad[v], delta[v]));
-                    store(weights, index, weight);
-                    store(grads, index, each!(v: T::vmul(s, weight[v], grad[v])));
+                    weights.store(j, weight);
+                    grads.store(j, each!(v: T::vmul(s, weight[v], T::vsub(s, grad[v], delta[v]))));
                 }
             }
         }
@@ -266,44 +253,36 @@ impl<S: Simd, T: Real> Scratch<S, T> {
 #[inline(always)]
 fn inner_gradient<S: Simd, T: Real, const NV: usize>(
     s: S,
-    weights: &[T::Lanes<S>],
-    grads: &[T::Lanes<S>],
-    at: usize,
-    nv: usize,
-    n: usize,
-    l_c: [T::Lanes<S>; NV],
-) -> [T::Lanes<S>; NV] {
+    weights: &Column<S, T, NV>,
+    grads: &Column<S, T, NV>,
+    block: &Block,
+    l_c: Registers<S, T, NV>,
+) -> Registers<S, T, NV> {
     let mut sum = [T::splat(s, T::default()); NV];
-    // A block without tokens, or one that the query is not past, may have an empty sum: its gradient is 0, not 0 / 0.
-    let l_c = each!(v: T::vmax(s, l_c[v], [T::splat(s, T::cast(0.5)); NV][v]));
-    for row in 0..n {
-        let e = load::<S, T, NV>(weights, at + row * nv);
-        let grad = load::<S, T, NV>(grads, at + row * nv);
+    for j in block.tokens() {
+        let (e, grad) = (weights.load(j), grads.load(j));
         sum = each!(v: T::mul_add(s, e[v], grad[v], sum[v]));
     }
-    each!(v: T::vdiv(s, sum[v], l_c[v]))
+    // A block without tokens, or one that the query is not past, may have an empty sum: its gradient is 0, not 0 / 0.
+    let half = T::splat(s, T::cast(0.5));
+    each!(v: T::vdiv(s, sum[v], T::vmax(s, l_c[v], half)))
 }
 
 /// `P_j = e_j factor` and `dS_j = P_j (dP_j - centre)`.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 fn finish<S: Simd, T: Real, const NV: usize>(
     s: S,
-    weights: &mut [T::Lanes<S>],
-    grads: &mut [T::Lanes<S>],
-    at: usize,
-    nv: usize,
-    n: usize,
-    factor: [T::Lanes<S>; NV],
-    centre: [T::Lanes<S>; NV],
+    weights: &mut Column<S, T, NV>,
+    grads: &mut Column<S, T, NV>,
+    block: &Block,
+    factor: Registers<S, T, NV>,
+    centre: Registers<S, T, NV>,
 ) {
-    for row in 0..n {
-        let index = at + row * nv;
-        let (e, grad) = (load::<S, T, NV>(weights, index), load::<S, T, NV>(grads, index));
+    for j in block.tokens() {
+        let (e, grad) = (weights.load(j), grads.load(j));
         let weight = each!(v: T::vmul(s, e[v], factor[v]));
-        let grad = each!(v: T::vsub(s, grad[v], centre[v]));
-        store(weights, index, weight);
-        store(grads, index, each!(v: T::vmul(s, weight[v], grad[v])));
+        weights.store(j, weight);
+        grads.store(j, each!(v: T::vmul(s, weight[v], T::vsub(s, grad[v], centre[v]))));
     }
 }
 

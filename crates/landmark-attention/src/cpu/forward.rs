@@ -12,26 +12,13 @@
 //!
 //! At the end `O / sum` is the output, and the outer log-sum-exp `m + log2(sum)` is all that the backward pass needs.
 
-use bytemuck::Zeroable;
 use pulp::{Simd, WithSimd};
 
+use super::column::{Column, each, lane_numbers, load};
 use super::dropout::Draw;
 use super::lanes::Real;
 use super::product::Product;
 use super::tiles::{Block, KeyTile, key_range, key_tiles};
-
-/// The array of an expression for each register `v` of `NV`. (`array::from_fn` is not always inlined, and what is not inlined
-/// does not see the instruction set.)
-macro_rules! each {
-    ($v:ident: $value:expr) => {{
-        let mut all = [<T::Lanes<S> as bytemuck::Zeroable>::zeroed(); NV];
-        for $v in 0..NV {
-            all[$v] = $value;
-        }
-        all
-    }};
-}
-pub(super) use each;
 
 /// Keys a tile aims at: scores of a tile stay in the second-level cache together with the keys and values.
 pub const KEYS_PER_TILE: usize = 128;
@@ -77,6 +64,20 @@ impl<T: Real> TileInput<'_, T> {
         let from = self.visible_from.map_or(j, |from| from[j]);
         T::cast(from as f64 - self.first as f64)
     }
+
+    /// First query position behind the landmark of `block`, relative to the tile: from there on it is an earlier block.
+    #[inline(always)]
+    pub fn past(&self, block: &Block) -> T {
+        T::cast((block.end + 1) as f64 - self.first as f64)
+    }
+
+    /// Group dropout of the shares that the queries in registers `x..` give to `block`.
+    #[inline(always)]
+    pub fn drop_block<S: Simd>(&self, shares: &mut [T::Lanes<S>], x: usize, block: &Block) {
+        if let Some(draw) = &self.draw {
+            draw.block(bytemuck::cast_slice_mut::<_, T>(shares), self.first + x * T::lanes::<S>(), block.end);
+        }
+    }
 }
 
 /// Buffers of one worker, reused from tile to tile.
@@ -91,7 +92,7 @@ pub struct Scratch<S: Simd, T: Real> {
     sum: Vec<T::Lanes<S>>,
     blocks: Vec<Block>,
     /// Inner sums of the blocks of a tile.
-    inner: Vec<[T::Lanes<S>; 2]>,
+    inner: Vec<T::Lanes<S>>,
 }
 
 impl<S: Simd, T: Real> Default for Scratch<S, T> {
@@ -201,183 +202,73 @@ impl<S: Simd, T: Real> Scratch<S, T> {
         input: &TileInput<T>,
         tile: &KeyTile,
         base: usize,
-        nv: usize,
+        row: usize,
         x: usize,
     ) {
-        let low = [T::splat(s, T::LOW); NV];
-        let zero = [T::splat(s, T::default()); NV];
         let old_max = load::<S, T, NV>(&self.max, x);
-        let mut max = old_max;
-        let mut sum = load::<S, T, NV>(&self.sum, x);
-        let weights = &mut self.weights;
-        let at = |j: usize| (j - base) * nv + x;
+        let (mut max, mut sum) = (old_max, load::<S, T, NV>(&self.sum, x));
+        let mut weights = Column::<S, T, NV> { cells: &mut self.weights, row, at: x, base };
+        let zero = [T::splat(s, T::default()); NV];
         match tile {
             KeyTile::Past(range) => {
+                let blocks = &self.blocks[range.clone()];
                 self.inner.clear();
-                for block in &self.blocks[range.clone()] {
-                    let l_c = inner_softmax::<S, T, NV>(s, weights, at(block.start), nv, block.end - block.start, low);
-                    let landmark = load::<S, T, NV>(weights, at(block.end));
-                    let mut kept = [zero[0]; 2];
-                    kept[..NV].copy_from_slice(&l_c);
-                    self.inner.push(kept);
+                for block in blocks {
+                    let (_, l_c) = weights.inner_softmax(s, block.tokens());
+                    self.inner.extend_from_slice(&l_c);
+                    let landmark = weights.load(block.end);
                     max = each!(v: T::vmax(s, max[v], landmark[v]));
                 }
-                let fade = each!(v: T::exp2(s, T::vsub(s, old_max[v], max[v])));
-                sum = each!(v: T::vmul(s, sum[v], fade[v]));
-                for (block, l_c) in self.blocks[range.clone()].iter().zip(&self.inner) {
-                    let landmark = load::<S, T, NV>(weights, at(block.end));
+                sum = each!(v: T::vmul(s, sum[v], T::exp2(s, T::vsub(s, old_max[v], max[v]))));
+                for (c, block) in blocks.iter().enumerate() {
+                    let (landmark, l_c) = (weights.load(block.end), load::<S, T, NV>(&self.inner, c * NV));
                     let w_c = each!(v: T::exp2(s, T::vsub(s, landmark[v], max[v])));
                     sum = each!(v: T::vadd(s, sum[v], w_c[v]));
-                    let mut factor = each!(v: T::vdiv(s, w_c[v], l_c[v]));
-                    if let Some(draw) = &input.draw {
-                        draw.block(
-                            bytemuck::cast_slice_mut::<_, T>(&mut factor),
-                            input.first + x * T::lanes::<S>(),
-                            block.end,
-                        );
-                    }
-                    scale_rows::<S, T, NV>(s, weights, at(block.start), nv, block.end - block.start, factor);
-                    store(weights, at(block.end), zero);
+                    let mut share = each!(v: T::vdiv(s, w_c[v], l_c[v]));
+                    input.drop_block::<S>(&mut share, x, block);
+                    weights.scale(s, block.tokens(), share);
+                    weights.store(block.end, zero);
                 }
             }
             KeyTile::Mixed(block) => {
-                let position = lane_positions::<S, T, NV>(x);
-                causal::<S, T, NV>(s, weights, at(block.start), nv, block.start..block.end, input, position);
-                let (m_c, l_c) =
-                    inner_softmax_max::<S, T, NV>(s, weights, at(block.start), nv, block.end - block.start, low);
-                let landmark = load::<S, T, NV>(weights, at(block.end));
-                // Past the block is a query behind the landmark: landmark + 1 <= position.
-                let behind = T::splat(s, T::cast((block.end + 1) as f64 - input.first as f64));
-                max = each!(v: T::vmax(s, max[v], T::select_le(s, behind, position[v], landmark[v], m_c[v])));
-                let fade = each!(v: T::exp2(s, T::vsub(s, old_max[v], max[v])));
-                let by_landmark = each!(v: T::exp2(s, T::vsub(s, landmark[v], max[v])));
-                let by_tokens = each!(v: T::exp2(s, T::vsub(s, m_c[v], max[v])));
+                let position = lane_numbers::<S, T, NV>(x);
+                weights.hide(s, block.tokens(), position, |j| input.visible(j));
+                let (m_c, l_c) = weights.inner_softmax(s, block.tokens());
+                let landmark = weights.load(block.end);
+                let past = T::splat(s, input.past(block));
+                max = each!(v: T::vmax(s, max[v], T::select_le(s, past, position[v], landmark[v], m_c[v])));
+                let w_c = each!(v: T::exp2(s, T::vsub(s, landmark[v], max[v])));
+                let own = each!(v: T::exp2(s, T::vsub(s, m_c[v], max[v])));
                 sum = each!(v: {
-                    let entered = T::select_le(s, behind, position[v], by_landmark[v], T::vmul(s, l_c[v], by_tokens[v]));
-                    T::mul_add(s, sum[v], fade[v], entered)
+                    let entered = T::select_le(s, past, position[v], w_c[v], T::vmul(s, l_c[v], own[v]));
+                    T::mul_add(s, sum[v], T::exp2(s, T::vsub(s, old_max[v], max[v])), entered)
                 });
-                let mut share: [_; NV] = each!(v: T::vdiv(s, by_landmark[v], l_c[v]));
-                if let Some(draw) = &input.draw {
-                    draw.block(
-                        bytemuck::cast_slice_mut::<_, T>(&mut share),
-                        input.first + x * T::lanes::<S>(),
-                        block.end,
-                    );
-                }
-                let factor = each!(v: T::select_le(s, behind, position[v], share[v], by_tokens[v]));
-                scale_rows::<S, T, NV>(s, weights, at(block.start), nv, block.end - block.start, factor);
-                store(weights, at(block.end), zero);
+                let mut share = each!(v: T::vdiv(s, w_c[v], l_c[v]));
+                input.drop_block::<S>(&mut share, x, block);
+                let factor = each!(v: T::select_le(s, past, position[v], share[v], own[v]));
+                weights.scale(s, block.tokens(), factor);
+                weights.store(block.end, zero);
             }
             KeyTile::Own(block) => {
-                let position = lane_positions::<S, T, NV>(x);
-                causal::<S, T, NV>(s, weights, at(block.start), nv, block.start..block.end, input, position);
-                for row in 0..block.end - block.start {
-                    let score = load::<S, T, NV>(weights, at(block.start) + row * nv);
+                weights.hide(s, block.tokens(), lane_numbers::<S, T, NV>(x), |j| input.visible(j));
+                for j in block.tokens() {
+                    let score = weights.load(j);
                     max = each!(v: T::vmax(s, max[v], score[v]));
                 }
-                let fade = each!(v: T::exp2(s, T::vsub(s, old_max[v], max[v])));
-                sum = each!(v: T::vmul(s, sum[v], fade[v]));
-                for row in 0..block.end - block.start {
-                    let index = at(block.start) + row * nv;
-                    let score = load::<S, T, NV>(weights, index);
+                sum = each!(v: T::vmul(s, sum[v], T::exp2(s, T::vsub(s, old_max[v], max[v]))));
+                for j in block.tokens() {
+                    let score = weights.load(j);
                     let weight = each!(v: T::exp2(s, T::vsub(s, score[v], max[v])));
                     sum = each!(v: T::vadd(s, sum[v], weight[v]));
-                    store(weights, index, weight);
+                    weights.store(j, weight);
                 }
             }
         }
         let fade = each!(v: T::exp2(s, T::vsub(s, old_max[v], max[v])));
-        for channel in 0..input.head_dim {
-            let out = load::<S, T, NV>(&self.out, channel * nv + x);
-            store(&mut self.out, channel * nv + x, each!(v: T::vmul(s, out[v], fade[v])));
-        }
-        store(&mut self.max, x, max);
-        store(&mut self.sum, x, sum);
+        Column::<S, T, NV> { cells: &mut self.out, row, at: x, base: 0 }.scale(s, 0..input.head_dim, fade);
+        self.max[x..x + NV].copy_from_slice(&max);
+        self.sum[x..x + NV].copy_from_slice(&sum);
     }
-}
-
-/// Turns `n` rows of scores into `2^(score - max)`, and returns their sum: the inner softmax but for its division.
-#[inline(always)]
-fn inner_softmax<S: Simd, T: Real, const NV: usize>(
-    s: S,
-    rows: &mut [T::Lanes<S>],
-    at: usize,
-    nv: usize,
-    n: usize,
-    low: [T::Lanes<S>; NV],
-) -> [T::Lanes<S>; NV] {
-    inner_softmax_max::<S, T, NV>(s, rows, at, nv, n, low).1
-}
-
-/// [`inner_softmax`] with the maximum, which is the one that it was given where there are no rows.
-#[inline(always)]
-pub fn inner_softmax_max<S: Simd, T: Real, const NV: usize>(
-    s: S,
-    rows: &mut [T::Lanes<S>],
-    at: usize,
-    nv: usize,
-    n: usize,
-    mut max: [T::Lanes<S>; NV],
-) -> ([T::Lanes<S>; NV], [T::Lanes<S>; NV]) {
-    let mut sum = [T::splat(s, T::default()); NV];
-    for row in 0..n {
-        let score = load::<S, T, NV>(rows, at + row * nv);
-        max = each!(v: T::vmax(s, max[v], score[v]));
-    }
-    for row in 0..n {
-        let score = load::<S, T, NV>(rows, at + row * nv);
-        let e = each!(v: T::exp2(s, T::vsub(s, score[v], max[v])));
-        sum = each!(v: T::vadd(s, sum[v], e[v]));
-        store(rows, at + row * nv, e);
-    }
-    (max, sum)
-}
-
-/// Multiplies `n` rows by `factor`.
-#[inline(always)]
-fn scale_rows<S: Simd, T: Real, const NV: usize>(
-    s: S,
-    rows: &mut [T::Lanes<S>],
-    at: usize,
-    nv: usize,
-    n: usize,
-    factor: [T::Lanes<S>; NV],
-) {
-    for row in 0..n {
-        let e = load::<S, T, NV>(rows, at + row * nv);
-        store(rows, at + row * nv, each!(v: T::vmul(s, e[v], factor[v])));
-    }
-}
-
-/// Sets the scores of keys that a query does not see to minus infinity.
-#[inline(always)]
-pub fn causal<S: Simd, T: Real, const NV: usize>(
-    s: S,
-    rows: &mut [T::Lanes<S>],
-    at: usize,
-    nv: usize,
-    keys: std::ops::Range<usize>,
-    input: &TileInput<T>,
-    position: [T::Lanes<S>; NV],
-) {
-    let hidden = T::splat(s, T::cast(f64::NEG_INFINITY));
-    for (row, j) in keys.enumerate() {
-        let from = T::splat(s, input.visible(j));
-        let score = load::<S, T, NV>(rows, at + row * nv);
-        store(rows, at + row * nv, each!(v: T::select_le(s, from, position[v], score[v], hidden)));
-    }
-}
-
-/// Positions of the queries in registers `x..x + NV`, relative to the tile.
-#[inline(always)]
-pub fn lane_positions<S: Simd, T: Real, const NV: usize>(x: usize) -> [T::Lanes<S>; NV] {
-    each!(v: {
-        let mut lanes = [T::Lanes::<S>::zeroed()];
-        for (i, lane) in bytemuck::cast_slice_mut::<_, T>(&mut lanes).iter_mut().enumerate() {
-            *lane = T::cast(((x + v) * T::lanes::<S>() + i) as f64);
-        }
-        lanes[0]
-    })
 }
 
 /// Packs `n` steps as `[head_dim, n]`, times `scale`; lanes past `n` are 0.
@@ -400,15 +291,4 @@ pub fn pack_transposed<S: Simd, T: Real>(
             packed[channel * nv * lanes + i] = x * scale;
         }
     }
-}
-
-#[inline(always)]
-pub fn load<S: Simd, T: Real, const NV: usize>(rows: &[T::Lanes<S>], at: usize) -> [T::Lanes<S>; NV] {
-    let rows = &rows[at..at + NV];
-    each!(v: rows[v])
-}
-
-#[inline(always)]
-pub fn store<L: Copy, const NV: usize>(rows: &mut [L], at: usize, x: [L; NV]) {
-    rows[at..at + NV].copy_from_slice(&x);
 }

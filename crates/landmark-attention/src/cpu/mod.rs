@@ -2,10 +2,13 @@
 //!
 //! - `tiles`: how keys are cut into tiles that hold whole blocks;
 //! - `forward`, `backward`: what is done with a tile, and why it is right;
+//! - `column`: the softmax steps that both are made of;
+//! - `retrieval`: choosing cached blocks, and attention over them;
 //! - `product`: the one matrix product under both; `lanes`: the vector arithmetic;
 //! - this file: heads and rows, workers, and the candle operation.
 
 mod backward;
+mod column;
 mod dropout;
 
 mod forward;

@@ -7,7 +7,8 @@ use candle_core::{DType, Storage, Tensor, WithDType};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::forward::{QUERIES_PER_TILE, Steps, inner_softmax_max, load, pack_transposed, store};
+use super::column::{Column, each};
+use super::forward::{QUERIES_PER_TILE, Steps, pack_transposed};
 use super::lanes::Real;
 use super::product::Product;
 use crate::retrieval::{Blocks, RetrievalShape, Retrieved, Selection, SlotQueries};
@@ -365,13 +366,8 @@ impl<S: Simd, T: Real> WithSimd for AttendHead<'_, '_, S, T> {
                     accumulate: false,
                 }
                 .run();
-                for x in 0..nv {
-                    let low = [T::splat(s, T::LOW)];
-                    let (_, sum) = inner_softmax_max::<S, T, 1>(s, &mut weights, x, nv, size - 1, low);
-                    for row in 0..size - 1 {
-                        let [e] = load::<S, T, 1>(&weights, row * nv + x);
-                        store(&mut weights, row * nv + x, [T::vdiv(s, e, sum[0])]);
-                    }
+                for at in 0..nv {
+                    divide_by_sum(s, Column::<S, T, 1> { cells: &mut weights, row: nv, at, base: 0 }, size - 1);
                 }
                 Product {
                     s,
@@ -412,6 +408,14 @@ impl<S: Simd, T: Real> WithSimd for AttendHead<'_, '_, S, T> {
             }
         }
     }
+}
+
+/// The inner softmax of the first `tokens` rows.
+#[inline(always)]
+fn divide_by_sum<S: Simd, T: Real, const NV: usize>(s: S, mut weights: Column<S, T, NV>, tokens: usize) {
+    let (_, sum) = weights.inner_softmax(s, 0..tokens);
+    let one = T::splat(s, T::cast(1.));
+    weights.scale(s, 0..tokens, each!(v: T::vdiv(s, one, sum[v])));
 }
 
 /// Runs `f` on the operands as slices of `T`.

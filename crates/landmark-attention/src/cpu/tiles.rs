@@ -11,6 +11,12 @@ pub struct Block {
 }
 
 impl Block {
+    /// The ordinary keys.
+    #[inline(always)]
+    pub fn tokens(&self) -> std::ops::Range<usize> {
+        self.start..self.end
+    }
+
     /// One past the block's last key.
     fn last(&self) -> usize {
         self.end + self.landmark as usize
