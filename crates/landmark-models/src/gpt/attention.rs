@@ -125,7 +125,7 @@ fn landmarks(is_landmark: &[u8], batch: usize, time: usize) -> Result<Landmarks>
     let Some(block) = is_landmark.iter().position(|&l| l != 0).map(|first| first % time + 1) else {
         return Ok(Landmarks::None);
     };
-    let regular = is_landmark.iter().enumerate().all(|(i, &l)| (l != 0) == ((i % time + 1) % block == 0));
+    let regular = is_landmark.iter().enumerate().all(|(i, &l)| (l != 0) == (i % time + 1).is_multiple_of(block));
     if regular && block >= 2 {
         return Ok(Landmarks::Every(block));
     }

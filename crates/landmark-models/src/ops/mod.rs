@@ -1,8 +1,8 @@
 //! Fused operations on the CPU, in f32 and f64, each with its gradient.
 //!
-//! Why not candle's own: its matrix product zeroes the result first, its elementwise operations run on one thread, and
+//! Why not candle's own: its matrix product zeroes the result first, every elementwise operation is a pass over memory, and
 //! each step of a composition costs its gradient a pass over fresh zeros. Here a layer is a handful of operations, each one
-//! node of candle's graph ([`record::Tape`]), parallel over rows, vectorised for the machine it runs on.
+//! node of candle's graph, parallel over rows, vectorised for the machine it runs on.
 //!
 //! All reductions have an order that the shapes alone fix, so results are the same bits from run to run on one machine.
 
