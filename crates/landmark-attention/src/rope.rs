@@ -24,9 +24,10 @@ pub struct Rope {
 }
 
 impl Rope {
-    /// The usual frequencies `base^(-2i / head_dim)`.
+    /// The usual frequencies `base^(-2i / head_dim)`, rounded to f32: that is how the reference and Hugging Face keep them, in models
+    /// of any dtype.
     pub fn new(head_dim: usize, base: f64, pairs: Pairs) -> Self {
-        let inv_freq = (0..head_dim / 2).map(|i| base.powf(-2. * i as f64 / head_dim as f64)).collect();
+        let inv_freq = (0..head_dim / 2).map(|i| base.powf(-2. * i as f64 / head_dim as f64) as f32 as f64).collect();
         Self { inv_freq, pairs }
     }
 
