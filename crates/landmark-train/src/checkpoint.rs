@@ -5,7 +5,7 @@
 //! | `model.safetensors`, `config.json` | the model, as `landmark-models` reads it |
 //! | `tokenizer.json` | the tokenizer of the data |
 //! | `optimizer.safetensors` | the optimizer's state, `{parameter}.{state}`, and the number of steps in its metadata |
-//! | `state.json` | where the run was: [`State`] |
+//! | `state.json` | how far the run was, its settings, its data, its evaluations |
 //! | `SHA256SUMS` | the checksums of all the others, as `sha256sum -c` reads them |
 //!
 //! A checkpoint is made in a folder of another name, every file synced, and renamed when complete: whenever a process is
