@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 use landmark_attention::{
-    Attend, Dropout, LandmarkParams, Landmarks, Pairs, Rope, Rotation, Softmax, landmark_attention, reference,
+    Attend, Dropout, LandmarkParams, Landmarks, Rotation, Softmax, landmark_attention, reference,
 };
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -12,9 +12,6 @@ use crate::ops::{self, mix64};
 use crate::{Error, Result};
 
 const OP: &str = "WindowAttention";
-
-/// The base of the rotary frequencies.
-const ROPE_BASE: f64 = 10_000.;
 
 /// Attention over one batch of whole windows, for training and for evaluation inside the window: what it keeps is a function of the
 /// batch's token ids, so there is one for each batch.
@@ -73,7 +70,7 @@ impl WindowAttention {
             }),
             ..LandmarkParams::new(landmarks(&is_landmark, batch, time)?)
         };
-        let rope = Rope::new(config.head_dim(), ROPE_BASE, Pairs::Interleaved);
+        let rope = config.rope();
         let rotation = rope.at(&positions(config, &is_landmark, time, seed));
         let miss = match config.model {
             Variant::LandmarkWithCmt => {

@@ -1,8 +1,12 @@
 //! The configuration of a GPT, as a checkpoint's `config.json` has it.
 
+use landmark_attention::{Pairs, Rope};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
+
+/// The base of the rotary frequencies.
+const ROPE_BASE: f64 = 10_000.;
 
 /// Which model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,6 +114,11 @@ impl GptConfig {
     /// Channels of a head.
     pub fn head_dim(&self) -> usize {
         self.n_embd / self.n_head
+    }
+
+    /// The rotary embedding of the heads.
+    pub fn rope(&self) -> Rope {
+        Rope::new(self.head_dim(), ROPE_BASE, Pairs::Interleaved)
     }
 
     /// Checks every field against its range and the others.
