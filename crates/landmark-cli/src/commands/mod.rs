@@ -1,5 +1,6 @@
 //! The commands, one file each: its flags, and a `run` that does the work and gives the exit code.
 
+pub mod bench;
 pub mod completions;
 pub mod prepare;
 pub mod train;
@@ -14,6 +15,8 @@ pub enum Command {
     Prepare(prepare::Args),
     /// Train a model
     Train(Box<train::Args>),
+    /// Measure speed and memory, next to PyTorch
+    Bench(bench::Args),
     /// Print completions for a shell
     Completions(completions::Args),
 }
@@ -24,6 +27,7 @@ impl Command {
         match self {
             Self::Prepare(args) => prepare::run(args),
             Self::Train(args) => train::run(*args),
+            Self::Bench(args) => bench::run(args),
             Self::Completions(args) => completions::run(args),
         }
     }

@@ -1,0 +1,185 @@
+//! The result of a benchmark: rows, as a table for people and as lines of JSON for programs.
+
+use anyhow::Context;
+use candle_core::{Device, Tensor};
+use serde::Serialize;
+use std::fmt::Display;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// The flag for programs.
+#[derive(clap::Args)]
+pub struct Flags {
+    /// Also write the rows here, one JSON object a line: case, metric, ours, peer, peer_value, ratio
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// A row. The fields that are skipped are for the table alone.
+#[derive(Serialize)]
+pub struct Row {
+    /// What was run.
+    pub case: String,
+    /// What was measured of it, and in which unit.
+    pub metric: &'static str,
+    /// Our value.
+    pub ours: f64,
+    /// Who ours is compared with, or why nobody.
+    pub peer: String,
+    /// The peer's value.
+    pub peer_value: Option<f64>,
+    /// Ours over the peer's.
+    pub ratio: Option<f64>,
+    /// The best of our values, of which `ours` is the median.
+    #[serde(skip)]
+    pub ours_best: Option<f64>,
+    /// The best of the peer's.
+    #[serde(skip)]
+    pub peer_best: Option<f64>,
+    /// Our floating-point operations in a second, in billions.
+    #[serde(skip)]
+    pub gflops: Option<f64>,
+}
+
+impl Row {
+    /// A row of two single values.
+    pub fn new(case: String, metric: &'static str, ours: f64, peer: String, peer_value: Option<f64>) -> Self {
+        let ratio = peer_value.map(|value| ours / value);
+        Self { case, metric, ours, peer, peer_value, ratio, ours_best: None, peer_best: None, gflops: None }
+    }
+
+    /// A row of times: medians, and the best beside them. `value` makes the metric of seconds; `flops` is the work of a call.
+    pub fn timed(
+        case: String,
+        metric: &'static str,
+        [ours, peers]: [Vec<f64>; 2],
+        peer: String,
+        flops: f64,
+        value: impl Fn(f64) -> f64,
+    ) -> Self {
+        let (ours, peers) = (sorted(ours), sorted(peers));
+        let median = |seconds: &[f64]| seconds.get(seconds.len() / 2).copied();
+        let ours_median = median(&ours).expect("ours was timed");
+        Self {
+            ours_best: ours.first().map(|&seconds| value(seconds)),
+            peer_best: peers.first().map(|&seconds| value(seconds)),
+            gflops: Some(flops / ours_median / 1e9),
+            ..Self::new(case, metric, value(ours_median), peer, median(&peers).map(&value))
+        }
+    }
+}
+
+fn sorted(mut seconds: Vec<f64>) -> Vec<f64> {
+    seconds.sort_by(f64::total_cmp);
+    seconds
+}
+
+impl Flags {
+    /// Prints the rows, and writes them if that is wanted. `note` says how to read them.
+    pub fn report(&self, rows: &[Row], machine: &Machine, note: &str) -> anyhow::Result<()> {
+        println!("{}", table(rows, machine.peak));
+        println!("{note}\nMedians, the best in brackets; {machine}");
+        match &self.json {
+            None => Ok(()),
+            Some(path) => write(path, rows).with_context(|| format!("--json {}: cannot write it", path.display())),
+        }
+    }
+}
+
+/// The rows under their header, in columns.
+fn table(rows: &[Row], peak: f64) -> String {
+    let number = |value: f64| if value < 1000. { format!("{value:.1}") } else { format!("{value:.0}") };
+    let with_best = |value: f64, best: Option<f64>| match best {
+        Some(best) => format!("{} ({})", number(value), number(best)),
+        None => number(value),
+    };
+    let mut lines = vec![["case", "metric", "ours", "peer", "ratio", "GFLOP/s", "of peak"].map(String::from)];
+    for row in rows {
+        let or_dash = |cell: Option<String>| cell.unwrap_or("-".into());
+        let peer = match row.peer_value {
+            Some(value) => format!("{} {}", row.peer, with_best(value, row.peer_best)),
+            None => row.peer.clone(),
+        };
+        lines.push([
+            row.case.clone(),
+            row.metric.into(),
+            with_best(row.ours, row.ours_best),
+            peer,
+            or_dash(row.ratio.map(|ratio| format!("{ratio:.2}"))),
+            or_dash(row.gflops.map(|gflops| format!("{gflops:.0}"))),
+            or_dash(row.gflops.map(|gflops| format!("{:.0} %", 100. * gflops / peak))),
+        ]);
+    }
+    let widths: Vec<usize> =
+        (0..lines[0].len()).map(|column| lines.iter().map(|line| line[column].len()).max().unwrap_or(0)).collect();
+    let mut text = String::new();
+    for line in lines {
+        for (column, (cell, &width)) in line.iter().zip(&widths).enumerate() {
+            // Words to the left, numbers to the right.
+            match column {
+                0 => text += &format!("{cell:<width$}"),
+                1 => text += &format!("  {cell:<width$}"),
+                _ => text += &format!("  {cell:>width$}"),
+            }
+        }
+        text.push('\n');
+    }
+    text
+}
+
+/// Writes beside, synced, renamed: a reader finds all rows or none.
+fn write(path: &Path, rows: &[Row]) -> anyhow::Result<()> {
+    let mut name = path.file_name().context("it names no file")?.to_os_string();
+    name.push(".partial");
+    let partial = path.with_file_name(name);
+    let mut file = File::create(&partial)?;
+    for row in rows {
+        writeln!(file, "{}", serde_json::to_string(row)?)?;
+    }
+    file.sync_all()?;
+    Ok(fs::rename(partial, path)?)
+}
+
+/// What the numbers were measured on.
+pub struct Machine {
+    /// The most that a product of matrices reaches, in GFLOP/s.
+    peak: f64,
+    /// How many processes wanted to run in the last minute, if the system tells.
+    load: Option<f64>,
+}
+
+impl Machine {
+    /// Measures the peak, as the best of some.
+    pub fn measure() -> anyhow::Result<Self> {
+        let load = fs::read_to_string("/proc/loadavg").ok().and_then(|text| text.split(' ').next()?.parse().ok());
+        const SIZE: usize = 1024;
+        let matrix = || Tensor::randn(0f32, 1., (SIZE, SIZE), &Device::Cpu);
+        let (a, b) = (matrix()?, matrix()?);
+        let mut best = f64::INFINITY;
+        for _ in 0..12 {
+            let begun = Instant::now();
+            a.matmul(&b)?;
+            best = best.min(begun.elapsed().as_secs_f64());
+        }
+        Ok(Self { peak: 2. * (SIZE as f64).powi(3) / best / 1e9, load })
+    }
+}
+
+impl Display for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (threads, peak) = (rayon::current_num_threads(), self.peak);
+        write!(
+            f,
+            "{threads} threads on each side; peak: {peak:.0} GFLOP/s, a product of 1024 x 1024 matrices in f32."
+        )?;
+        match self.load {
+            // PyTorch's threads wait for each other by spinning: it loses more to other processes than ours does.
+            Some(load) if load > 0.5 => {
+                write!(f, "\nThe load was {load} when this began: on a busy machine the ratios are not to be trusted.")
+            }
+            _ => Ok(()),
+        }
+    }
+}
