@@ -2,6 +2,11 @@
 
 mod args;
 mod commands;
+mod interrupt;
+mod reader;
+mod reading;
+mod sampling;
+mod text_pieces;
 
 use clap::Parser;
 use std::process::ExitCode;

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod completions;
+pub mod generate;
 pub mod prepare;
 pub mod train;
 
@@ -17,6 +18,8 @@ pub enum Command {
     Train(Box<train::Args>),
     /// Measure speed and memory, next to PyTorch
     Bench(bench::Args),
+    /// Go on with a text of any length
+    Generate(Box<generate::Args>),
     /// Print completions for a shell
     Completions(completions::Args),
 }
@@ -28,6 +31,7 @@ impl Command {
             Self::Prepare(args) => prepare::run(args),
             Self::Train(args) => train::run(*args),
             Self::Bench(args) => bench::run(args),
+            Self::Generate(args) => generate::run(*args),
             Self::Completions(args) => completions::run(args),
         }
     }

@@ -1,0 +1,165 @@
+//! The flags of commands that read with a model, and what they come to for a given model.
+
+use crate::args::{DeviceChoice, NoneOr, none_or};
+use anyhow::bail;
+use clap::{Args, ValueEnum};
+use landmark_memory::Selection;
+use landmark_models::gpt::{GptConfig, SoftmaxFunc, Variant};
+use std::path::PathBuf;
+
+/// `--lm_cache`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LmCache {
+    /// No cache: every token sees the window before it, which is computed anew
+    #[value(name = "none")]
+    None,
+    /// The landmark cache
+    #[value(name = "mem")]
+    Mem,
+    /// Transformer-XL's: the last tokens
+    #[value(name = "kv")]
+    Kv,
+    /// Of Transformer-XL training; refused here
+    #[value(name = "kv_train")]
+    KvTrain,
+}
+
+/// `--cache_selection_method`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SelectionMethod {
+    /// Each token and head has blocks of its own
+    #[value(name = "per_token_and_head")]
+    PerTokenAndHead,
+    /// The heads of a token share theirs
+    #[value(name = "max_over_heads")]
+    MaxOverHeads,
+    /// The tokens of a chunk share theirs, per head
+    #[value(name = "max_over_tokens")]
+    MaxOverTokens,
+}
+
+/// Which model.
+#[derive(Args, Clone, Debug)]
+#[command(rename_all = "snake_case", next_help_heading = "Model")]
+pub struct ModelFlags {
+    /// The model: a checkpoint's folder, or an experiment's, of which the newest checkpoint is taken
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint: PathBuf,
+    /// The tokenizer's file, or `bytes`, for a model without a tokenizer.json
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<String>,
+    /// Where to compute: auto, cpu or cuda:N
+    #[arg(long, default_value_t = DeviceChoice::Auto)]
+    pub device: DeviceChoice,
+}
+
+/// How the model reads what is longer than its window.
+#[derive(Args, Clone, Debug, Default)]
+#[command(rename_all = "snake_case", next_help_heading = "Reading")]
+pub struct CacheFlags {
+    /// What is remembered of earlier text. Left out: mem for a landmark model, kv for base_rotary
+    #[arg(long, value_enum)]
+    pub lm_cache: Option<LmCache>,
+    /// Blocks that each token reads; 0: none, only its chunk. Left out: at most 4, in at most half of the window
+    #[arg(long, value_name = "N")]
+    pub cache_topk: Option<usize>,
+    /// Blocks that are kept (with kv: tokens), the oldest go first; or None: all (with kv: half a window)
+    #[arg(long, value_name = "N", value_parser = none_or::<usize>, default_value = "None")]
+    pub mem_cache_size: NoneOr<usize>,
+    /// Who shares the blocks that are read. Left out: per_token_and_head
+    #[arg(long, value_enum)]
+    pub cache_selection_method: Option<SelectionMethod>,
+    /// Tokens that are read at once. Left out: as many as the window holds beside what is remembered
+    #[arg(long, value_name = "N")]
+    pub mid_length: Option<usize>,
+    /// Tokens of a block. Left out: as the model was trained
+    #[arg(long, value_name = "N", value_parser = none_or::<usize>, default_value = "None")]
+    pub mem_cache_freq: NoneOr<usize>,
+    /// With landmark_with_cmt: a token whose weight on the context-miss token is below this reads no blocks
+    #[arg(long, value_name = "N", value_parser = none_or::<f64>, default_value = "None")]
+    pub rem_cutoff: NoneOr<f64>,
+}
+
+impl CacheFlags {
+    /// Which cache, for this model; refuses flags that it has no use for.
+    pub fn kind(&self, config: &GptConfig) -> anyhow::Result<LmCache> {
+        let is_base = config.model == Variant::BaseRotary;
+        let is_ablation = !is_base && config.softmax_func != SoftmaxFunc::MemOpt;
+        let kind = self.lm_cache.unwrap_or(match (is_base, is_ablation) {
+            (true, _) => LmCache::Kv,
+            (_, true) => LmCache::None,
+            _ => LmCache::Mem,
+        });
+        match kind {
+            LmCache::KvTrain => bail!("--lm_cache kv_train is refused: it belongs to Transformer-XL training; use kv"),
+            LmCache::Mem if is_base => {
+                bail!("--lm_cache mem is refused: the model is base_rotary, which has no landmarks; use kv or none")
+            }
+            LmCache::Mem if is_ablation => {
+                bail!("--lm_cache mem is refused: the model's softmax_func ignores landmarks' blocks; use none")
+            }
+            LmCache::Kv if !is_base => {
+                bail!("--lm_cache kv is refused: it is for base_rotary, and the model has landmarks; use mem or none")
+            }
+            _ => {}
+        }
+        let blocks = [
+            ("cache_topk", self.cache_topk.is_some()),
+            ("cache_selection_method", self.cache_selection_method.is_some()),
+            ("mem_cache_freq", self.mem_cache_freq.is_some()),
+        ];
+        if let Some((flag, _)) = blocks.into_iter().find(|(_, given)| *given && kind != LmCache::Mem) {
+            bail!("--{flag} is refused: it belongs to --lm_cache mem, and the model reads with {}", kind.name());
+        }
+        if self.mem_cache_size.is_some() && kind == LmCache::None {
+            bail!("--mem_cache_size is refused: with --lm_cache none nothing is kept");
+        }
+        if self.rem_cutoff.is_some() && (config.model != Variant::LandmarkWithCmt || kind != LmCache::Mem) {
+            bail!(
+                "--rem_cutoff is refused: only a landmark_with_cmt model that reads with --lm_cache mem has a use for it"
+            );
+        }
+        if self.rem_cutoff.is_some_and(|cutoff| !(0. ..=1.).contains(&cutoff)) {
+            bail!("--rem_cutoff: expected a weight from 0 to 1");
+        }
+        Ok(kind)
+    }
+
+    /// The selection.
+    pub fn selection(&self) -> Selection {
+        match self.cache_selection_method {
+            None | Some(SelectionMethod::PerTokenAndHead) => Selection::PerTokenAndHead,
+            Some(SelectionMethod::MaxOverHeads) => Selection::MaxOverHeads,
+            Some(SelectionMethod::MaxOverTokens) => Selection::MaxOverTokens,
+        }
+    }
+
+    /// Blocks that a token reads. Left out, they and the unfinished one take at most half of the window.
+    pub fn top_k(&self, window: usize, block: usize) -> usize {
+        self.cache_topk.unwrap_or_else(|| (window / 2 / block).saturating_sub(1).clamp(1, 4))
+    }
+
+    /// `--mid_length`, or the most that is possible.
+    pub fn chunk(&self, usual: usize, most: usize) -> anyhow::Result<usize> {
+        match self.mid_length {
+            None => Ok(usual),
+            Some(chunk) if (1..=most).contains(&chunk) => Ok(chunk),
+            Some(chunk) => {
+                bail!(
+                    "--mid_length {chunk}: expected 1 to {most}, which the model's window holds beside what it remembers"
+                )
+            }
+        }
+    }
+}
+
+impl LmCache {
+    fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Mem => "mem",
+            Self::Kv => "kv",
+            Self::KvTrain => "kv_train",
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! A model that reads a text of any length, and goes on with it.
+
+mod flags;
+mod memory;
+
+use crate::sampling::Sampler;
+use anyhow::{Context, bail};
+use candle_core::{DType, Device, Tensor};
+pub use flags::{CacheFlags, ModelFlags};
+use landmark_data::{TOKENIZER_FILE, Tokenizer};
+use landmark_memory::BlockRead;
+use landmark_models::IGNORE;
+use landmark_models::gpt::Gpt;
+use memory::Memory;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// A model, its tokenizer, and what it remembers of the text that it has read.
+pub struct Reader {
+    model: Gpt,
+    tokenizer: Tokenizer,
+    memory: Memory,
+    chunk: usize,
+    /// The last hidden state `[1, 1, C]`: of it comes the next token.
+    last: Option<Tensor>,
+    last_token: Option<u32>,
+}
+
+impl Reader {
+    /// Opens the model that the flags name.
+    pub fn open(model: &ModelFlags, cache: &CacheFlags) -> anyhow::Result<Self> {
+        let device = model.device.open()?;
+        let folder = checkpoint(&model.checkpoint)?;
+        let loaded = Gpt::load(&folder, &device);
+        let weights = loaded.with_context(|| format!("--checkpoint {}", model.checkpoint.display()))?.detached();
+        Self::new(weights, tokenizer(&folder, model.tokenizer.as_deref())?, cache)
+    }
+
+    /// Reads with a model at hand.
+    pub fn new(model: Gpt, tokenizer: Tokenizer, cache: &CacheFlags) -> anyhow::Result<Self> {
+        if tokenizer.vocab_size() > model.config().vocab_size {
+            bail!(
+                "the tokenizer has {} tokens and the model {}: it is another model's",
+                tokenizer.vocab_size(),
+                model.config().vocab_size
+            );
+        }
+        let (memory, chunk) = Memory::new(cache, &model)?;
+        Ok(Self { model, tokenizer, memory, chunk, last: None, last_token: None })
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The model's window in training.
+    pub fn window(&self) -> usize {
+        self.model.config().sequence_length
+    }
+
+    /// Tokens that are read at once. To read a text in other portions changes a little what is retrieved.
+    pub fn chunk(&self) -> usize {
+        self.chunk
+    }
+
+    /// Blocks that each token reads, if the model reads through the landmark cache.
+    pub fn has_blocks(&self) -> bool {
+        matches!(self.memory, Memory::Landmarks(..))
+    }
+
+    /// Finished blocks of the text.
+    pub fn blocks(&self) -> usize {
+        match &self.memory {
+            Memory::Landmarks(cache, _) => cache.finished_blocks(),
+            _ => 0,
+        }
+    }
+
+    /// Bytes that are set aside for blocks.
+    pub fn cache_bytes(&self) -> usize {
+        match &self.memory {
+            Memory::Landmarks(cache, _) => cache.bytes(),
+            _ => 0,
+        }
+    }
+
+    /// Forgets the text.
+    pub fn clear(&mut self) {
+        self.memory.clear();
+        (self.last, self.last_token) = (None, None);
+    }
+
+    /// Reads the text's next tokens, chunk by chunk; `progress` is told how many are read and says whether to go on.
+    pub fn read(&mut self, tokens: &[u32], mut progress: impl FnMut(usize) -> bool) -> anyhow::Result<()> {
+        let mut done = 0;
+        for chunk in tokens.chunks(self.chunk) {
+            self.advance(chunk)?;
+            done += chunk.len();
+            if !progress(done) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`Self::read`], and gives the loss of each token that has one: not the first of a text, nor what follows an end of text.
+    pub fn read_with_losses(
+        &mut self,
+        tokens: &[u32],
+        mut progress: impl FnMut(usize, &[f64]) -> bool,
+    ) -> anyhow::Result<Vec<f64>> {
+        let mut losses = Vec::with_capacity(tokens.len());
+        for chunk in tokens.chunks(self.chunk) {
+            let (last, mut before) = (self.last.clone(), self.last_token);
+            let hidden = self.advance(chunk)?;
+            let others = hidden.narrow(1, 0, chunk.len() - 1)?;
+            // Each token is predicted by the hidden state before it.
+            let (states, targets) = match &last {
+                Some(last) => (Tensor::cat(&[last, &others], 1)?, chunk),
+                None => {
+                    before = chunk.first().copied();
+                    (others, &chunk[1..])
+                }
+            };
+            let end_of_text = self.tokenizer.end_of_text();
+            let scored = |&token: &u32| {
+                let follows_end = before.is_some() && before == end_of_text;
+                before = Some(token);
+                if follows_end { IGNORE } else { token }
+            };
+            let targets: Vec<u32> = targets.iter().map(scored).collect();
+            if !targets.is_empty() {
+                let targets = Tensor::new(targets, &Device::Cpu)?.unsqueeze(0)?;
+                let scores = self.model.token_scores(&states.contiguous()?, &targets)?;
+                losses.extend(scores.into_iter().flatten().map(|score| score.loss));
+            }
+            if !progress(losses.len(), &losses) {
+                break;
+            }
+        }
+        Ok(losses)
+    }
+
+    /// Goes on with the text by at most `max_tokens` tokens, up to the end of text (which is left out). `show` is given each token
+    /// when it is drawn and says whether to go on. Landmarks and ids that the tokenizer does not know are never drawn.
+    pub fn generate(
+        &mut self,
+        max_tokens: usize,
+        sampler: &mut Sampler,
+        mut show: impl FnMut(u32) -> anyhow::Result<bool>,
+    ) -> anyhow::Result<usize> {
+        let known = self.tokenizer.vocab_size();
+        let landmarks = [self.tokenizer.landmark_id(), Some(self.model.config().landmark_id)];
+        for count in 0..max_tokens {
+            let Some(last) = &self.last else { bail!("there is no text to go on with") };
+            let logits = self.model.logits(last)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            let allowed = |id: u32| (id as usize) < known && !landmarks.contains(&Some(id));
+            let token = sampler.sample(&logits, allowed)?;
+            if Some(token) == self.tokenizer.end_of_text() {
+                return Ok(count);
+            }
+            // Read before it is shown: what it read itself counts too.
+            self.advance(&[token])?;
+            if !show(token)? {
+                return Ok(count + 1);
+            }
+        }
+        Ok(max_tokens)
+    }
+
+    /// From here on, which blocks are read is noted.
+    pub fn trace_reads(&mut self) {
+        if let Memory::Landmarks(cache, _) = &mut self.memory {
+            cache.trace_reads();
+        }
+    }
+
+    /// The blocks that were read since [`Self::trace_reads`], the most read first.
+    pub fn reads(&self) -> Vec<BlockRead> {
+        match &self.memory {
+            Memory::Landmarks(cache, _) => cache.reads(0),
+            _ => Vec::new(),
+        }
+    }
+
+    /// The text's tokens that make up a block.
+    pub fn block_tokens(&self, block: usize) -> Range<usize> {
+        let mem_freq = self.mem_freq();
+        block * mem_freq..(block + 1) * mem_freq
+    }
+
+    /// Ordinary tokens of a block.
+    fn mem_freq(&self) -> usize {
+        match &self.memory {
+            Memory::Landmarks(_, mem_freq) => *mem_freq,
+            _ => 1,
+        }
+    }
+
+    /// Reads one chunk.
+    fn advance(&mut self, chunk: &[u32]) -> anyhow::Result<Tensor> {
+        let hidden = self.memory.forward(&self.model, chunk)?;
+        // A copy: a part would keep the whole chunk in memory.
+        self.last = Some(hidden.narrow(1, chunk.len() - 1, 1)?.force_contiguous()?);
+        self.last_token = chunk.last().copied();
+        Ok(hidden)
+    }
+}
+
+/// The folder of the model itself: an experiment's newest checkpoint if it is an experiment.
+fn checkpoint(folder: &Path) -> anyhow::Result<PathBuf> {
+    if !folder.is_dir() {
+        bail!("--checkpoint {}: no such folder; expected one that landmark train wrote", folder.display());
+    }
+    if folder.join("config.json").exists() {
+        return Ok(folder.to_path_buf());
+    }
+    let newest = landmark_train::checkpoint::iterations(folder)?.pop();
+    let newest = newest.map(|iteration| landmark_train::checkpoint::path(folder, iteration));
+    newest.with_context(|| {
+        format!("--checkpoint {}: no model in it: neither a config.json nor a folder ckpt_N", folder.display())
+    })
+}
+
+fn tokenizer(folder: &Path, given: Option<&str>) -> anyhow::Result<Tokenizer> {
+    let own = folder.join(TOKENIZER_FILE);
+    match given {
+        Some("bytes") => Ok(Tokenizer::bytes()),
+        Some(file) => Tokenizer::from_file(file).context("--tokenizer"),
+        None if !own.exists() => {
+            bail!("--checkpoint {}: no {TOKENIZER_FILE} in it; name one with --tokenizer FILE", folder.display())
+        }
+        None => Ok(Tokenizer::from_file(own)?),
+    }
+}
