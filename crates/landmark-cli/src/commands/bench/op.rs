@@ -139,5 +139,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         rows.push(memory::row(args.shape)?);
     }
     let note = "ratio: ours / peer, below 1 is better; the peer is scaled_dot_product_attention, dense and causal.";
+    // Its time counts as ours once it has ended.
+    drop(peer);
     args.report.report(&rows, &machine, note)
 }

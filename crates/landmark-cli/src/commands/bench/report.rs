@@ -142,18 +142,17 @@ fn write(path: &Path, rows: &[Row]) -> anyhow::Result<()> {
     Ok(fs::rename(partial, path)?)
 }
 
-/// What the numbers were measured on.
+/// What the numbers are measured on.
 pub struct Machine {
     /// The most that a product of matrices reaches, in GFLOP/s.
     peak: f64,
-    /// How many processes wanted to run in the last minute, if the system tells.
-    load: Option<f64>,
+    /// When it was looked at first.
+    begun: Option<Ticks>,
 }
 
 impl Machine {
-    /// Measures the peak, as the best of some.
+    /// Measures the peak, as the best of some, and watches from here on what other processes do.
     pub fn measure() -> anyhow::Result<Self> {
-        let load = fs::read_to_string("/proc/loadavg").ok().and_then(|text| text.split(' ').next()?.parse().ok());
         const SIZE: usize = 1024;
         let matrix = || Tensor::randn(0f32, 1., (SIZE, SIZE), &Device::Cpu);
         let (a, b) = (matrix()?, matrix()?);
@@ -163,7 +162,13 @@ impl Machine {
             a.matmul(&b)?;
             best = best.min(begun.elapsed().as_secs_f64());
         }
-        Ok(Self { peak: 2. * (SIZE as f64).powi(3) / best / 1e9, load })
+        Ok(Self { peak: 2. * (SIZE as f64).powi(3) / best / 1e9, begun: Ticks::now() })
+    }
+
+    /// The share of the processors that others have had, where the system tells.
+    fn taken(&self) -> Option<f64> {
+        let (begun, now) = (self.begun.as_ref()?, Ticks::now()?);
+        Some(((now.others - begun.others) / (now.all - begun.all).max(1.)).max(0.))
     }
 }
 
@@ -174,12 +179,34 @@ impl Display for Machine {
             f,
             "{threads} threads on each side; peak: {peak:.0} GFLOP/s, a product of 1024 x 1024 matrices in f32."
         )?;
-        match self.load {
-            // PyTorch's threads wait for each other by spinning: it loses more to other processes than ours does.
-            Some(load) if load > 0.5 => {
-                write!(f, "\nThe load was {load} when this began: on a busy machine the ratios are not to be trusted.")
-            }
-            _ => Ok(()),
-        }
+        let Some(taken) = self.taken() else { return Ok(()) };
+        write!(f, "\nOther processes had {:.0} % of the processors meanwhile", 100. * taken)?;
+        // PyTorch's threads wait for each other by spinning: it loses more to other processes than ours does.
+        f.write_str(if taken > 0.05 { ": do not trust the ratios." } else { "." })
+    }
+}
+
+/// Times of the processors since the system began, in its ticks.
+struct Ticks {
+    /// Spent on other processes than this one and its ended children.
+    others: f64,
+    /// Spent and idle.
+    all: f64,
+}
+
+impl Ticks {
+    fn now() -> Option<Self> {
+        let numbers =
+            |text: &str| -> Vec<f64> { text.split_whitespace().map_while(|word| word.parse().ok()).collect() };
+        // User, nice, system, idle, waiting, interrupts, soft interrupts, stolen.
+        let stat = fs::read_to_string("/proc/stat").ok()?;
+        let times = numbers(stat.lines().next()?.strip_prefix("cpu ")?);
+        let all: f64 = times.get(..8)?.iter().sum();
+        let idle = times[3] + times[4];
+        // After the name in brackets and the state, of which the name may have blanks, numbers 11 to 14 are user and
+        // system time of the process and of its ended children.
+        let own = fs::read_to_string("/proc/self/stat").ok()?;
+        let own: f64 = numbers(own.rsplit_once(')')?.1.get(3..)?).get(10..14)?.iter().sum();
+        Some(Self { others: all - idle - own, all })
     }
 }
