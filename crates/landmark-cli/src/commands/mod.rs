@@ -2,11 +2,12 @@
 
 pub mod bench;
 pub mod completions;
+pub mod demo;
 pub mod generate;
 pub mod prepare;
 pub mod train;
 
-use clap::{CommandFactory, Subcommand};
+use clap::Subcommand;
 use std::process::ExitCode;
 
 /// What the binary can do.
@@ -18,6 +19,8 @@ pub enum Command {
     Train(Box<train::Args>),
     /// Measure speed and memory, next to PyTorch
     Bench(bench::Args),
+    /// Learn a novel, then read the rest of it far outside the window: what `landmark` alone does
+    Demo(demo::Args),
     /// Go on with a text of any length
     Generate(Box<generate::Args>),
     /// Print completions for a shell
@@ -31,14 +34,14 @@ impl Command {
             Self::Prepare(args) => prepare::run(args),
             Self::Train(args) => train::run(*args),
             Self::Bench(args) => bench::run(args),
+            Self::Demo(args) => demo::run(args),
             Self::Generate(args) => generate::run(*args),
             Self::Completions(args) => completions::run(args),
         }
     }
 }
 
-/// What happens without a command: the help.
+/// What happens without a command: the demonstration.
 pub fn default() -> anyhow::Result<ExitCode> {
-    crate::Cli::command().print_help()?;
-    Ok(ExitCode::SUCCESS)
+    demo::run(demo::Args::default())
 }
