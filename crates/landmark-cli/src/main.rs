@@ -2,7 +2,9 @@
 
 mod args;
 mod commands;
+mod files;
 mod interrupt;
+mod plot;
 mod reader;
 mod reading;
 mod sampling;

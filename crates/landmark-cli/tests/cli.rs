@@ -200,7 +200,6 @@ fn help_and_completions_are_printed() {
         ("train --help", "--save_checkpoint_freq"),
         ("prepare --help", "--val_fraction"),
         ("--help", "completions"),
-        ("", "Usage: landmark"),
         ("completions bash", "complete -F"),
         ("completions zsh", "#compdef landmark"),
         ("completions fish", "complete -c landmark"),

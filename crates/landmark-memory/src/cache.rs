@@ -117,6 +117,11 @@ impl LandmarkCache {
         self.config.window - (self.config.top_k + 1) * (self.config.mem_freq + 1)
     }
 
+    /// Blocks that a query reads.
+    pub fn top_k(&self) -> usize {
+        self.config.top_k
+    }
+
     /// Finished blocks of the text so far, dropped ones included. Block `i` holds tokens `i * mem_freq ..` of the text.
     pub fn finished_blocks(&self) -> usize {
         self.finished

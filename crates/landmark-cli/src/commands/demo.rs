@@ -3,6 +3,7 @@
 mod machine;
 mod training;
 
+use crate::files;
 use crate::interrupt;
 use crate::reader::{CacheFlags, Reader};
 use crate::reading::{ReadingBar, grouped, most_read, rate};
@@ -104,8 +105,14 @@ fn demonstrate(args: &Args, limit: Duration, out: &mut impl Write) -> anyhow::Re
     if interrupt::requested() {
         return Ok(());
     }
-    let memory = machine::peak_memory().map_or(String::new(), |bytes| format!(", at most {} MB of memory", bytes >> 20));
-    writeln!(out, "\nDone in {:.0} s{memory}. The model is in {}. To go on:", begun.elapsed().as_secs_f64(), args.out.display())?;
+    let memory =
+        machine::peak_memory().map_or(String::new(), |bytes| format!(", at most {} MB of memory", bytes >> 20));
+    writeln!(
+        out,
+        "\nDone in {:.0} s{memory}. The model is in {}. To go on:",
+        begun.elapsed().as_secs_f64(),
+        args.out.display()
+    )?;
     for command in next_commands(&args.out) {
         writeln!(out, "  {command}")?;
     }
@@ -128,7 +135,12 @@ fn read(
     out: &mut impl Write,
 ) -> anyhow::Result<Option<(Reader, Vec<u32>)>> {
     let window = model.config().sequence_length;
-    writeln!(out, "\n2. Reading: the unseen {} bytes, {} windows, in one go", grouped(tokens.len()), tokens.len() / window)?;
+    writeln!(
+        out,
+        "\n2. Reading: the unseen {} bytes, {} windows, in one go",
+        grouped(tokens.len()),
+        tokens.len() / window
+    )?;
     writeln!(out, "                                        perplexity  bits a byte      tok/s")?;
     let mut chunk = None;
     let mut last = None;
@@ -194,25 +206,32 @@ fn save(folder: &Path, model: &Gpt, tokenizer: &Tokenizer, unseen: &str) -> anyh
     let context = || format!("--out {}", folder.display());
     model.save(folder).with_context(context)?;
     tokenizer.save(folder).with_context(context)?;
-    std::fs::write(folder.join("book.txt"), BOOK).with_context(context)?;
-    std::fs::write(folder.join("unseen.txt"), unseen).with_context(context)
+    files::write(&folder.join("book.txt"), BOOK.as_bytes()).with_context(context)?;
+    files::write(&folder.join("unseen.txt"), unseen.as_bytes()).with_context(context)
 }
 
 /// Commands that work as they stand, in the folder where the demonstration ran.
 fn next_commands(folder: &Path) -> Vec<String> {
     let program = std::env::args().next().unwrap_or_else(|| "landmark".into());
     let (program, folder) = (quoted(&program), folder.display().to_string());
-    let (model, unseen, book) = (quoted(&folder), quoted(&format!("{folder}/unseen.txt")), quoted(&format!("{folder}/book.txt")));
+    let (model, unseen, book) =
+        (quoted(&folder), quoted(&format!("{folder}/unseen.txt")), quoted(&format!("{folder}/book.txt")));
     vec![
         format!("{program} generate --checkpoint {model} --file {unseen} --show_blocks"),
         format!("{program} passkey --checkpoint {model} --lengths 500,2000,8000 --filler {book}"),
         format!("{program} prepare --dataset text --data_dir {book} --out data/book"),
-        format!("{program} train --dataset book --model landmark --n_layer 4 --n_embd 256 --batch_size 8 --acc_steps 1"),
+        format!(
+            "{program} train --dataset book --model landmark --n_layer 4 --n_embd 256 --batch_size 8 --acc_steps 1"
+        ),
     ]
 }
 
 /// As a shell takes it.
 fn quoted(word: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+".contains(c);
-    if !word.is_empty() && word.chars().all(is_plain) { word.into() } else { format!("'{}'", word.replace('\'', "'\\''")) }
+    if !word.is_empty() && word.chars().all(is_plain) {
+        word.into()
+    } else {
+        format!("'{}'", word.replace('\'', "'\\''"))
+    }
 }

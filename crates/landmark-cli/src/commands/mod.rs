@@ -4,6 +4,7 @@ pub mod bench;
 pub mod completions;
 pub mod demo;
 pub mod generate;
+pub mod passkey;
 pub mod prepare;
 pub mod train;
 
@@ -23,6 +24,8 @@ pub enum Command {
     Demo(demo::Args),
     /// Go on with a text of any length
     Generate(Box<generate::Args>),
+    /// Test whether the model finds a number that was told once, somewhere in a long text
+    Passkey(passkey::Args),
     /// Print completions for a shell
     Completions(completions::Args),
 }
@@ -36,6 +39,7 @@ impl Command {
             Self::Bench(args) => bench::run(args),
             Self::Demo(args) => demo::run(args),
             Self::Generate(args) => generate::run(*args),
+            Self::Passkey(args) => passkey::run(args),
             Self::Completions(args) => completions::run(args),
         }
     }

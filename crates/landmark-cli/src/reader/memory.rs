@@ -72,15 +72,13 @@ impl Memory {
             }
             Self::Window(recent, before) => {
                 recent.extend(tokens);
-                let (ids, rows) = loop {
-                    let (ids, rows) = with_landmarks(recent, *before, model.config())?;
-                    let surplus = ids.elem_count().saturating_sub(model.config().sequence_length);
-                    if surplus == 0 {
-                        break (ids, rows);
-                    }
-                    *before += surplus;
-                    recent.drain(..surplus);
-                };
+                let window = model.config().sequence_length;
+                let end = *before + recent.len();
+                let fits = |&from: &usize| positions(from, end, model.config()) <= window;
+                let first = (*before..end).find(fits).unwrap_or(end);
+                recent.drain(..first - *before);
+                *before = first;
+                let (ids, rows) = with_landmarks(recent, *before, model.config())?;
                 let mut attention = WindowAttention::new(model.config(), &ids, None)?;
                 let hidden = model.hidden(&ids, &mut attention, None)?;
                 let rows = rows.narrow(0, recent.len() - tokens.len(), tokens.len())?;
@@ -124,6 +122,11 @@ fn fitting(positions: usize, config: &GptConfig) -> usize {
         Some(mem_freq) => positions.saturating_sub(1) * mem_freq / (mem_freq + 1),
     };
     most.max(1)
+}
+
+/// Positions that tokens `from..end` of a text take with the landmarks after them.
+fn positions(from: usize, end: usize, config: &GptConfig) -> usize {
+    end - from + config.mem_freq.map_or(0, |mem_freq| end / mem_freq - from / mem_freq)
 }
 
 /// Tokens of a text from number `from` on with the landmarks of the training data, `[1, time]`, and the rows of the tokens. (A base

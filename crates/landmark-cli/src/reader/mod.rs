@@ -6,7 +6,7 @@ mod memory;
 use crate::sampling::Sampler;
 use anyhow::{Context, bail};
 use candle_core::{DType, Device, Tensor};
-pub use flags::{CacheFlags, ModelFlags};
+pub use flags::{CacheFlags, ModelFlags, SelectionMethod};
 use landmark_data::{TOKENIZER_FILE, Tokenizer};
 use landmark_memory::BlockRead;
 use landmark_models::IGNORE;
@@ -54,19 +54,22 @@ impl Reader {
         &self.tokenizer
     }
 
-    /// The model's window in training.
-    pub fn window(&self) -> usize {
-        self.model.config().sequence_length
-    }
-
     /// Tokens that are read at once. To read a text in other portions changes a little what is retrieved.
     pub fn chunk(&self) -> usize {
         self.chunk
     }
 
-    /// Blocks that each token reads, if the model reads through the landmark cache.
+    /// Whether the model reads through the landmark cache.
     pub fn has_blocks(&self) -> bool {
         matches!(self.memory, Memory::Landmarks(..))
+    }
+
+    /// Blocks that each token reads, if the model reads through the landmark cache.
+    pub fn top_k(&self) -> Option<usize> {
+        match &self.memory {
+            Memory::Landmarks(cache, _) => Some(cache.top_k()),
+            _ => None,
+        }
     }
 
     /// Finished blocks of the text.

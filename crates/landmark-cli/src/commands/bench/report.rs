@@ -4,8 +4,7 @@ use anyhow::Context;
 use candle_core::{Device, Tensor};
 use serde::Serialize;
 use std::fmt::Display;
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -129,17 +128,10 @@ fn table(rows: &[Row], peak: f64) -> String {
     text
 }
 
-/// Writes beside, synced, renamed: a reader finds all rows or none.
+/// An object a line.
 fn write(path: &Path, rows: &[Row]) -> anyhow::Result<()> {
-    let mut name = path.file_name().context("it names no file")?.to_os_string();
-    name.push(".partial");
-    let partial = path.with_file_name(name);
-    let mut file = File::create(&partial)?;
-    for row in rows {
-        writeln!(file, "{}", serde_json::to_string(row)?)?;
-    }
-    file.sync_all()?;
-    Ok(fs::rename(partial, path)?)
+    let lines: Vec<String> = rows.iter().map(serde_json::to_string).collect::<Result<_, _>>()?;
+    Ok(crate::files::write(path, (lines.join("\n") + "\n").as_bytes())?)
 }
 
 /// What the numbers are measured on.

@@ -66,7 +66,11 @@ pub fn train(
         let wanted = settings.iterations;
         settings.iterations = ((wanted as f64 * limit.as_secs_f64() / needed) as usize).max(1);
         settings.eval_freq = settings.iterations;
-        writeln!(out, "   {wanted} steps would take this machine {needed:.0} s now: --time_limit makes them {}", settings.iterations)?;
+        writeln!(
+            out,
+            "   {wanted} steps would take this machine {needed:.0} s now: --time_limit makes them {}",
+            settings.iterations
+        )?;
     }
     let mut shown = Shown::new(settings.iterations, out);
     let begun = Instant::now();
@@ -151,7 +155,8 @@ impl<'w, W: Write> Shown<'w, W> {
             }
             Event::Evaluated(_, evaluation, _) => {
                 let (loss, perplexity) = (evaluation.loss, evaluation.perplexity());
-                let line = format!("     unseen  {loss:>10.3}  {perplexity:>10.2}   in windows like those of the training");
+                let line =
+                    format!("     unseen  {loss:>10.3}  {perplexity:>10.2}   in windows like those of the training");
                 self.bar.suspend(|| writeln!(self.out, "{line}"))
             }
             Event::Note(_) | Event::Saved(..) => Ok(()),
