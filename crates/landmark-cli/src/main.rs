@@ -20,7 +20,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Landmark attention: language models that read far outside their window.
 #[derive(Parser)]
-#[command(name = "landmark", version, max_term_width = 110, arg_required_else_help = false)]
+#[command(name = "landmark", version, max_term_width = 110, arg_required_else_help = false, args_override_self = true)]
 struct Cli {
     #[command(subcommand)]
     command: Option<commands::Command>,

@@ -73,6 +73,39 @@ fn the_seeds_command_line_is_understood() {
 }
 
 #[test]
+fn transformer_xl_trains_as_the_reference_spells_it() {
+    let folder = prepared();
+    let line = "train --config_format rotary --model base_rotary --n_embd 32 --n_head 2 --n_layer 2 --batch_size 2 --acc_steps 2 \
+        --sequence_length 64 --mem_freq None --dataset pg19 --iterations 8 --optimization_process transformer_xl \
+        --total_sequence_length 256 --lm_cache kv_train --mem_cache_size 64 --allow_cache_during_training \
+        --postpone_lm_cache --exp_name e --eval_freq 4";
+    let stopped = landmark(folder.path(), &format!("{line} --time_limit 0"));
+    assert!(stopped.status.success(), "{}", String::from_utf8_lossy(&stopped.stderr));
+    let output = landmark(folder.path(), &format!("{line} --resume"));
+    let log = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && log.contains("--postpone_lm_cache: caches are made"), "{log}");
+    let metrics = fs::read_to_string(folder.path().join("exps/pg19/base_rotary/e/metrics.jsonl")).unwrap();
+    let of = |name: &str| -> Vec<f64> {
+        let lines = metrics.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        lines.filter_map(|line| line[name].as_f64()).collect()
+    };
+    let losses = of("loss");
+    assert!(losses.len() == 8 && losses[7] < losses[0], "{losses:?}");
+    // A loss is per token, however many windows a row has: bytes and a model that knows nothing begin at ln 258.
+    assert!((losses[0] - 258f64.ln()).abs() < 0.3 && of("val_loss").iter().all(|loss| *loss < 5.6), "{metrics}");
+    for (flags, reason) in [
+        ("--total_sequence_length 32", "--total_sequence_length: 32 is less than --sequence_length"),
+        ("--total_sequence_length 90000", "--total_sequence_length: 90000 is too long for the"),
+        ("--mem_cache_size 0", "--mem_cache_size: 0 is too small"),
+        ("--model landmark --mem_freq 50", "--optimization_process: transformer_xl has a plain softmax"),
+    ] {
+        // Of two values of a flag the last one counts.
+        let text = error(folder.path(), &format!("{line} --exp_name other {flags}"));
+        assert!(text.contains(reason), "{flags}: {text}");
+    }
+}
+
+#[test]
 fn a_time_limit_stops_and_resume_goes_on() {
     let folder = prepared();
     let line = small_seed().replace("--iterations 6", "--iterations 20 --exp_name e");
@@ -116,14 +149,24 @@ fn an_interrupt_saves_and_says_how_to_go_on() {
 #[test]
 fn refused_flags_say_why() {
     let folder = tempfile::tempdir().unwrap();
+    let xl = "--optimization_process transformer_xl";
     let cases = [
         ("--wandb", "wandb is refused: Weights & Biases"),
         ("--distributed_backend nccl", "distributed_backend nccl is refused: this build trains on one device"),
         ("--opt adafactor", "opt adafactor is refused: it is not available yet"),
-        ("--optimization_process transformer_xl", "transformer_xl is refused: it is not available yet"),
-        ("--total_sequence_length 2048", "total_sequence_length is refused: it belongs to Transformer-XL"),
-        ("--allow_cache_during_training", "allow_cache_during_training is refused: it belongs to Transformer-XL"),
-        ("--postpone_lm_cache", "postpone_lm_cache is refused: it belongs to Transformer-XL"),
+        ("--total_sequence_length 2048", "total_sequence_length is refused: it belongs to --optimization_process"),
+        (
+            "--allow_cache_during_training",
+            "allow_cache_during_training is refused: it belongs to --optimization_process",
+        ),
+        (&format!("{xl} --lm_cache mem"), "lm_cache mem is refused: transformer_xl trains with --lm_cache kv_train"),
+        (xl, "transformer_xl needs --total_sequence_length N"),
+        (&format!("{xl} --total_sequence_length 1024"), "transformer_xl needs --lm_cache kv_train"),
+        (&format!("{xl} --total_sequence_length 1024 --lm_cache kv"), "transformer_xl needs --mem_cache_size N"),
+        (
+            &format!("{xl} --total_sequence_length 1024 --lm_cache kv --mem_cache_size 256"),
+            "transformer_xl needs --allow_cache_during_training",
+        ),
         ("--enable_rem_score", "enable_rem_score is refused: only --model landmark_with_cmt"),
         ("--under_rem_score_prob 0.5", "under_rem_score_prob is refused: only --model landmark_with_cmt"),
         ("--rem_cutoff 0.1", "rem_cutoff is refused: the reference does not train with it"),

@@ -1,25 +1,31 @@
 //! The Transformer-XL baseline (Dai et al., 2019): plain attention over the chunk and the last tokens before it.
 
 use candle_core::{Result, Tensor};
-use landmark_attention::{Attend, LandmarkParams, Landmarks, Rope, landmark_attention};
+use landmark_attention::{Attend, Dropout, LandmarkParams, Landmarks, Rope, landmark_attention};
 
 /// Keys (before rotation) and values of the last `max_tokens` tokens, per layer. No gradient passes through them.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct XlCache {
     rope: Rope,
     max_tokens: usize,
+    dropout: Option<Dropout>,
     layers: Vec<Option<(Tensor, Tensor)>>,
 }
 
 impl XlCache {
     /// An empty cache.
     pub fn new(layers: usize, max_tokens: usize, rope: Rope) -> Self {
-        Self { rope, max_tokens, layers: vec![None; layers] }
+        Self { rope, max_tokens, dropout: None, layers: vec![None; layers] }
     }
 
     /// Forgets the text.
     pub fn clear(&mut self) {
         self.layers.fill(None);
+    }
+
+    /// For the chunks that follow, dropout of attention weights, those on cached tokens among them; each layer draws its own.
+    pub fn set_dropout(&mut self, dropout: Option<Dropout>) {
+        self.dropout = dropout;
     }
 }
 
@@ -37,7 +43,9 @@ impl Attend for XlCache {
         let positions: Vec<i64> = (0..kv_len as i64).collect();
         let rotated_q = self.rope.at(&positions[kv_len - q_len..]).apply(q)?;
         let rotated_k = self.rope.at(&positions).apply(&k)?;
-        let out = landmark_attention(&rotated_q, &rotated_k, &v, &LandmarkParams::new(Landmarks::None))?;
+        let dropout = self.dropout.map(|dropout| Dropout { seed: dropout.seed ^ (layer as u64) << 32, ..dropout });
+        let params = LandmarkParams { dropout, ..LandmarkParams::new(Landmarks::None) };
+        let out = landmark_attention(&rotated_q, &rotated_k, &v, &params)?;
         let kept = kv_len.min(self.max_tokens);
         if kept > 0 {
             let keep = |x: &Tensor| x.narrow(2, kv_len - kept, kept)?.detach().contiguous();

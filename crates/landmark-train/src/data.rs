@@ -1,6 +1,7 @@
 //! What a run is trained on: prepared tokens, their vocabulary, and the batches drawn from them.
 
 use crate::error::{Error, Result};
+use crate::process::Process;
 use crate::settings::Settings;
 use landmark_data::{Batches, DataFolder, Landmarks, Stream, Tokenizer, Tokens};
 use landmark_models::gpt::GptConfig;
@@ -96,16 +97,20 @@ impl Corpus {
 
     /// The batches of this corpus for a run whose model has this corpus's [`Corpus::vocabulary`].
     pub fn batches(self, settings: &Settings) -> Result<Data> {
-        let GptConfig { mem_freq, sequence_length, landmark_id, .. } = settings.model;
+        let GptConfig { mem_freq, landmark_id, .. } = settings.model;
+        let row_length = settings.row_length();
+        let flag = match settings.optimization_process {
+            Process::Landmark => "sequence_length",
+            Process::TransformerXl { .. } => "total_sequence_length",
+        };
         let end_of_text = self.vocabulary(Some(settings.model.vocab_size))?.end_of_text;
         let batches = |name: &str, tokens: Tokens| -> Result<Batches> {
             let landmarks = landmarks(name, &tokens, landmark_id, mem_freq)?;
             let stream = Stream::new(tokens, landmarks)?;
-            Batches::new(stream, settings.batch_size, sequence_length, end_of_text).map_err(|error| match error {
-                error @ landmark_data::Error::TooShort { .. } => Error::setting(
-                    "sequence_length",
-                    format!("{sequence_length} is too long for the {name} data: {error}"),
-                ),
+            Batches::new(stream, settings.batch_size, row_length, end_of_text).map_err(|error| match error {
+                error @ landmark_data::Error::TooShort { .. } => {
+                    Error::setting(flag, format!("{row_length} is too long for the {name} data: {error}"))
+                }
                 other => other.into(),
             })
         };

@@ -189,7 +189,7 @@ fn advance(
     let Some(batches) = &data.validation else { return Ok(()) };
     let begun = Instant::now();
     let batches = (0..EVALUATION_BATCHES).map(|index| batches.batch(settings.seed, index));
-    let evaluation = evaluate(trainer.model(), batches)?;
+    let evaluation = evaluate(trainer.model(), settings.optimization_process, batches)?;
     if !evaluation.loss.is_finite() {
         return Err(Error::Diverged { iteration, loss: evaluation.loss });
     }

@@ -2,8 +2,9 @@
 
 use crate::error::{Error, Result};
 use crate::optimizer::Method;
+use crate::process::Process;
 use crate::schedule::{Anneal, Schedule};
-use landmark_models::gpt::GptConfig;
+use landmark_models::gpt::{GptConfig, Variant};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::Path;
@@ -15,6 +16,9 @@ use std::path::Path;
 pub struct Settings {
     /// The model, its training window and the distance of landmarks.
     pub model: GptConfig,
+    /// How a model reads the tokens of a batch.
+    #[serde(default)]
+    pub optimization_process: Process,
     /// Windows in a batch.
     pub batch_size: usize,
     /// Batches in a step; their gradients are added up.
@@ -51,6 +55,7 @@ impl Settings {
     pub fn of(model: GptConfig) -> Self {
         Self {
             model,
+            optimization_process: Process::Landmark,
             batch_size: 50,
             acc_steps: 4,
             seed: 2,
@@ -72,6 +77,14 @@ impl Settings {
         Schedule { anneal: self.scheduler, peak: self.lr, warmup: self.warmup_percent, steps: self.iterations }
     }
 
+    /// The tokens of a row of a batch.
+    pub fn row_length(&self) -> usize {
+        match self.optimization_process {
+            Process::Landmark => self.model.sequence_length,
+            Process::TransformerXl { total_sequence_length, .. } => total_sequence_length,
+        }
+    }
+
     /// Refuses values that no run can have, by the name of the flag.
     pub fn check(&self) -> Result<()> {
         self.model.validate()?;
@@ -86,6 +99,22 @@ impl Settings {
         for (flag, count) in counts {
             if count == Some(0) {
                 return Err(Error::setting(flag, "0 is too small, expected at least 1"));
+            }
+        }
+        if let Process::TransformerXl { total_sequence_length, mem_cache_size } = self.optimization_process {
+            let window = self.model.sequence_length;
+            if total_sequence_length < window {
+                let message =
+                    format!("{total_sequence_length} is less than --sequence_length, of which it is a number");
+                return Err(Error::setting("total_sequence_length", message));
+            }
+            if mem_cache_size == 0 {
+                return Err(Error::setting("mem_cache_size", "0 is too small, expected at least 1"));
+            }
+            let has_landmarks = self.model.model != Variant::BaseRotary && self.model.mem_freq.is_some();
+            if has_landmarks || self.model.model == Variant::LandmarkWithCmt {
+                let message = "transformer_xl has a plain softmax: use --model base_rotary, or --model landmark with --mem_freq None";
+                return Err(Error::setting("optimization_process", message));
             }
         }
         let within = |flag, value: f64, allowed: bool, range| {

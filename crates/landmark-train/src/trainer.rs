@@ -2,11 +2,12 @@
 
 use crate::error::{Error, Result};
 use crate::optimizer::Optimizer;
+use crate::process::{Process, mix};
 use crate::schedule::Schedule;
 use crate::settings::Settings;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use landmark_data::Batch;
-use landmark_models::gpt::{Gpt, WindowAttention};
+use landmark_models::gpt::Gpt;
 use std::path::Path;
 
 /// A model in training, its optimizer, and how far they are.
@@ -14,6 +15,7 @@ pub struct Trainer {
     model: Gpt,
     optimizer: Optimizer,
     schedule: Schedule,
+    process: Process,
     seed: u64,
     iteration: usize,
 }
@@ -21,7 +23,7 @@ pub struct Trainer {
 /// What a step came to.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Step {
-    /// The mean loss of its batches, before the step.
+    /// The mean loss of its windows, before the step.
     pub loss: f64,
     /// The learning rate it was made with.
     pub lr: f64,
@@ -34,7 +36,7 @@ pub struct Step {
 /// How well a model predicts text that it is not trained on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Evaluation {
-    /// The mean of the batches' losses.
+    /// The mean of the windows' losses.
     pub loss: f64,
     /// The share of the targets that the model thinks the likeliest token.
     pub accuracy: f64,
@@ -52,22 +54,26 @@ impl Trainer {
     pub fn new(settings: &Settings, model: Gpt) -> Result<Self> {
         settings.check()?;
         let optimizer = Optimizer::new(model.parameters(), settings.opt, settings.weight_decay, settings.grad_clip)?;
-        Ok(Self { model, optimizer, schedule: settings.schedule(), seed: settings.seed, iteration: 0 })
+        let (schedule, process) = (settings.schedule(), settings.optimization_process);
+        Ok(Self { model, optimizer, schedule, process, seed: settings.seed, iteration: 0 })
     }
 
     /// One step on the sum of the gradients of these batches.
     pub fn step(&mut self, batches: impl IntoIterator<Item = Batch>) -> Result<Step> {
         let mut gradients = self.optimizer.gradients();
-        let (mut loss, mut count, mut tokens) = (0., 0, 0);
-        for batch in batches {
-            let seed = mix(mix(self.seed, self.iteration as u64), count);
-            let batch_loss = batch_loss(&self.model, &batch, Some(seed))?;
-            loss += scalar(&batch_loss)?;
-            self.optimizer.accumulate(&mut gradients, &mut batch_loss.backward()?)?;
-            count += 1;
+        let (mut loss, mut windows, mut tokens) = (0., 0, 0);
+        for (micro, batch) in batches.into_iter().enumerate() {
+            // Seeds all that is random in training.
+            let seed = mix(mix(self.seed, self.iteration as u64), micro as u64);
+            self.process.read(&self.model, &batch, Some(seed), |hidden, targets| {
+                let window_loss = self.model.loss(hidden, targets)?;
+                loss += scalar(&window_loss)?;
+                windows += 1;
+                self.optimizer.accumulate(&mut gradients, &mut window_loss.backward()?)
+            })?;
             tokens += batch.inputs.len();
         }
-        let loss = loss / count as f64;
+        let loss = loss / windows as f64;
         if !loss.is_finite() {
             return Err(Error::Diverged { iteration: self.iteration + 1, loss });
         }
@@ -109,48 +115,27 @@ impl Trainer {
 
 const OPTIMIZER: &str = "optimizer.safetensors";
 
-/// The loss of a batch, of which the gradient can be taken. `dropout` seeds all that is random in training.
-fn batch_loss(model: &Gpt, batch: &Batch, dropout: Option<u64>) -> Result<Tensor> {
-    let (ids, targets) = tensors(model, batch)?;
-    let mut attention = WindowAttention::new(model.config(), &ids, dropout)?;
-    let hidden = model.hidden(&ids, &mut attention, dropout)?;
-    Ok(model.loss(&hidden, &targets)?)
-}
-
-/// Measures a model on batches, without dropout. The loss is the mean of the batches' as the reference has it; accuracy is
-/// of positions that have a target (the reference counts the others as wrong).
-pub fn evaluate(model: &Gpt, batches: impl IntoIterator<Item = Batch>) -> Result<Evaluation> {
+/// Measures a model on batches, without dropout. The loss is the mean of the windows' as the reference has it, but for
+/// Transformer-XL, where the reference adds those of a row up; accuracy is of positions that have a target (the reference
+/// counts the others as wrong).
+pub fn evaluate(model: &Gpt, process: Process, batches: impl IntoIterator<Item = Batch>) -> Result<Evaluation> {
     let model = model.detached();
-    let (mut loss, mut count, mut correct, mut targets) = (0., 0, 0, 0);
+    let (mut loss, mut windows, mut correct, mut targets) = (0., 0, 0, 0);
     for batch in batches {
-        let (ids, target_ids) = tensors(&model, &batch)?;
-        let mut attention = WindowAttention::new(model.config(), &ids, None)?;
-        let scores = model.token_scores(&model.hidden(&ids, &mut attention, None)?, &target_ids)?;
-        let scores = || scores.iter().flatten();
-        let batch_targets = scores().count();
-        loss += scores().map(|score| score.loss).sum::<f64>() / batch_targets as f64;
-        correct += scores().filter(|score| score.correct).count();
-        targets += batch_targets;
-        count += 1;
+        process.read(&model, &batch, None, |hidden, target_ids| {
+            let scores = model.token_scores(hidden, target_ids)?;
+            let scores = || scores.iter().flatten();
+            let window_targets = scores().count();
+            loss += scores().map(|score| score.loss).sum::<f64>() / window_targets as f64;
+            correct += scores().filter(|score| score.correct).count();
+            targets += window_targets;
+            windows += 1;
+            Ok(())
+        })?;
     }
-    Ok(Evaluation { loss: loss / count as f64, accuracy: correct as f64 / targets as f64 })
-}
-
-fn tensors(model: &Gpt, batch: &Batch) -> Result<(Tensor, Tensor)> {
-    let shape = (batch.rows, batch.sequence_length);
-    let device = model.parameters().values().next().map_or(&Device::Cpu, |var| var.device());
-    let tensor = |ids: &[u32]| Tensor::from_slice(ids, shape, device);
-    Ok((tensor(&batch.inputs)?, tensor(&batch.targets)?))
+    Ok(Evaluation { loss: loss / windows as f64, accuracy: correct as f64 / targets as f64 })
 }
 
 fn scalar(loss: &Tensor) -> Result<f64> {
     Ok(loss.to_dtype(DType::F64)?.to_scalar::<f64>()?)
-}
-
-/// A seed out of a seed and a number, by SplitMix64: neighbours come out unrelated.
-fn mix(seed: u64, number: u64) -> u64 {
-    let mut z = seed.wrapping_add(number.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }

@@ -8,10 +8,10 @@ mod refused;
 use anyhow::{Context, bail};
 use candle_core::Device;
 use clap::Parser;
-use flags::{Dtype, Flags, Model, Opt, Scheduler, text};
+use flags::{Dtype, Flags, Model, Opt, OptimizationProcess, Scheduler, text};
 use landmark_data::Tokenizer;
 use landmark_models::gpt::{GptConfig, PositionalEncoder, SoftmaxFunc, Variant};
-use landmark_train::{Anneal, Corpus, Data, Limits, Method, Outcome, Settings, Vocabulary};
+use landmark_train::{Anneal, Corpus, Data, Limits, Method, Outcome, Process, Settings, Vocabulary};
 use progress::Progress;
 use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
@@ -183,8 +183,16 @@ fn settings(flags: &Flags, vocabulary: &Vocabulary) -> Settings {
         under_rem_score_prob: flags.under_rem_score_prob,
         rem_cutoff: None,
     };
+    let optimization_process = match (flags.optimization_process, flags.total_sequence_length, flags.mem_cache_size) {
+        (OptimizationProcess::TransformerXl, Some(total_sequence_length), Some(mem_cache_size)) => {
+            Process::TransformerXl { total_sequence_length, mem_cache_size }
+        }
+        // Without its numbers transformer_xl was refused before.
+        _ => Process::Landmark,
+    };
     Settings {
         model,
+        optimization_process,
         batch_size: flags.batch_size,
         acc_steps: flags.acc_steps,
         seed: flags.seed,
@@ -223,6 +231,9 @@ fn notes(flags: &Flags, plan: &Plan) -> Vec<String> {
     }
     if flags.no_compile {
         notes.push("--no_compile: nothing is ever compiled here".into());
+    }
+    if flags.postpone_lm_cache {
+        notes.push("--postpone_lm_cache: caches are made when they are needed here".into());
     }
     if flags.max_groups_for_softmax != 16 {
         notes.push("--max_groups_for_softmax: there is no limit on the number of blocks here".into());

@@ -93,7 +93,7 @@ pub enum OptimizationProcess {
     /// Windows are independent
     #[value(name = "landmark")]
     Landmark,
-    /// Not available yet
+    /// A window also sees the last tokens before it
     #[value(name = "transformer_xl")]
     TransformerXl,
 }
@@ -101,16 +101,16 @@ pub enum OptimizationProcess {
 /// `--lm_cache`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LmCache {
-    /// None
+    /// Nothing
     #[value(name = "none")]
     None,
-    /// The landmark cache
+    /// The landmark cache, which is read in inference alone
     #[value(name = "mem")]
     Mem,
-    /// Transformer-XL's
+    /// Keys and values of the last tokens
     #[value(name = "kv")]
     Kv,
-    /// Transformer-XL's, in training
+    /// Another name of kv
     #[value(name = "kv_train")]
     KvTrain,
 }
@@ -243,6 +243,22 @@ pub struct Flags {
     #[arg(long, value_name = "N", value_parser = none_or::<f64>, default_value = "0.0", help_heading = "Model")]
     pub under_rem_score_prob: NoneOr<f64>,
 
+    /// How a model reads the tokens of a batch
+    #[arg(long, value_enum, default_value_t = OptimizationProcess::Landmark, help_heading = "Transformer-XL training")]
+    pub optimization_process: OptimizationProcess,
+    /// Tokens of a row of a batch; it is read in windows of --sequence_length, each with its own loss
+    #[arg(long, value_name = "N", value_parser = none_or::<usize>, default_value = "None", help_heading = "Transformer-XL training")]
+    pub total_sequence_length: NoneOr<usize>,
+    /// What is kept of the windows before: kv_train
+    #[arg(long, value_enum, default_value_t = LmCache::None, hide_possible_values = true, help_heading = "Transformer-XL training")]
+    pub lm_cache: LmCache,
+    /// The tokens before a window that it sees
+    #[arg(long, value_name = "N", value_parser = none_or::<usize>, default_value = "None", help_heading = "Transformer-XL training")]
+    pub mem_cache_size: NoneOr<usize>,
+    /// Must be given with transformer_xl, as the reference demands
+    #[arg(long, help_heading = "Transformer-XL training")]
+    pub allow_cache_during_training: bool,
+
     /// Measure loss, perplexity and accuracy on the validation data every so many iterations
     #[arg(long, value_name = "N", default_value_t = 200, help_heading = "Results")]
     pub eval_freq: usize,
@@ -271,6 +287,9 @@ pub struct Flags {
     /// Nothing is ever compiled here
     #[arg(long, help_heading = "Accepted: they change nothing here")]
     pub no_compile: bool,
+    /// Caches are made when they are needed here
+    #[arg(long, help_heading = "Accepted: they change nothing here")]
+    pub postpone_lm_cache: bool,
     /// There is no limit on the number of blocks here
     #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Accepted: they change nothing here")]
     pub max_groups_for_softmax: usize,
@@ -292,18 +311,6 @@ pub struct Refused {
     /// Several devices: not available yet
     #[arg(long, value_enum, default_value_t = DistributedBackend::None)]
     pub distributed_backend: DistributedBackend,
-    /// transformer_xl: not available yet
-    #[arg(long, value_enum, default_value_t = OptimizationProcess::Landmark, hide_possible_values = true)]
-    pub optimization_process: OptimizationProcess,
-    /// Of Transformer-XL training
-    #[arg(long, value_name = "N", value_parser = none_or::<usize>, default_value = "None")]
-    pub total_sequence_length: NoneOr<usize>,
-    /// Of Transformer-XL training
-    #[arg(long)]
-    pub allow_cache_during_training: bool,
-    /// Of Transformer-XL training
-    #[arg(long)]
-    pub postpone_lm_cache: bool,
     /// Accepted with landmark_with_cmt, which always has its context-miss token
     #[arg(long)]
     pub enable_rem_score: bool,
@@ -313,12 +320,6 @@ pub struct Refused {
     /// Of inference
     #[arg(long)]
     pub use_cache: bool,
-    /// Of inference
-    #[arg(long, value_enum, default_value_t = LmCache::None, hide_possible_values = true)]
-    pub lm_cache: LmCache,
-    /// Of inference
-    #[arg(long, value_name = "N", value_parser = none_or::<usize>, default_value = "None")]
-    pub mem_cache_size: NoneOr<usize>,
     /// Of inference
     #[arg(long, value_name = "N", value_parser = none_or::<usize>, default_value = "None")]
     pub mem_cache_freq: NoneOr<usize>,

@@ -53,9 +53,15 @@ fn settings(flags: &Flags) -> Vec<(&'static str, String)> {
         ("softmax_func", text(flags.softmax_func)),
         ("positional_encoder", text(flags.positional_encoder)),
         ("max_groups_for_softmax", flags.max_groups_for_softmax.to_string()),
+        ("lm_cache", text(flags.lm_cache)),
+        ("mem_cache_size", none_or(flags.mem_cache_size)),
+        ("allow_cache_during_training", truth(flags.allow_cache_during_training).into()),
+        ("postpone_lm_cache", truth(flags.postpone_lm_cache).into()),
+        ("optimization_process", text(flags.optimization_process)),
         ("under_rem_score_prob", none_or(flags.under_rem_score_prob.map(float))),
         ("enable_rem_score", truth(refused.enable_rem_score).into()),
         ("pos_jump_on_mem", none_or(flags.pos_jump_on_mem)),
+        ("total_sequence_length", none_or(flags.total_sequence_length)),
         ("grad_clip", none_or(flags.grad_clip.map(float))),
     ];
     settings.map(|(key, value)| (key, sane(&value))).into()

@@ -5,7 +5,7 @@ use anyhow::bail;
 
 const INFERENCE: &str =
     "training reads no cache and the evaluation in it is of single windows; it is a flag of inference";
-const XL: &str = "it belongs to Transformer-XL training, which is not available yet";
+const XL: &str = "it belongs to --optimization_process transformer_xl";
 const CMT: &str = "only --model landmark_with_cmt has a context-miss token";
 
 /// Refuses what cannot be done.
@@ -13,15 +13,9 @@ pub fn check(flags: &Flags) -> anyhow::Result<()> {
     let Refused {
         wandb,
         distributed_backend,
-        optimization_process,
-        total_sequence_length,
-        allow_cache_during_training,
-        postpone_lm_cache,
         enable_rem_score,
         rem_cutoff,
         use_cache,
-        lm_cache,
-        mem_cache_size,
         mem_cache_freq,
         cache_topk,
         cache_selection_method,
@@ -31,6 +25,7 @@ pub fn check(flags: &Flags) -> anyhow::Result<()> {
     } = &flags.refused;
     let has_cmt = flags.model == Model::LandmarkWithCmt;
     let jumps = flags.positional_encoder == PositionalEncoder::RotaryMemJump;
+    let is_xl = flags.optimization_process == OptimizationProcess::TransformerXl;
     let refusals = [
         ("wandb", *wandb, "Weights & Biases runs arrive with a later release; metrics.jsonl has the same numbers"),
         (
@@ -39,21 +34,16 @@ pub fn check(flags: &Flags) -> anyhow::Result<()> {
             "this build trains on one device",
         ),
         ("opt adafactor", flags.opt == Opt::Adafactor, "it is not available yet; use adamw or sgd"),
-        (
-            "optimization_process transformer_xl",
-            *optimization_process != OptimizationProcess::Landmark,
-            "it is not available yet",
-        ),
-        ("total_sequence_length", total_sequence_length.is_some(), XL),
-        ("allow_cache_during_training", *allow_cache_during_training, XL),
-        ("postpone_lm_cache", *postpone_lm_cache, XL),
+        ("total_sequence_length", !is_xl && flags.total_sequence_length.is_some(), XL),
+        ("allow_cache_during_training", !is_xl && flags.allow_cache_during_training, XL),
+        ("lm_cache mem", is_xl && flags.lm_cache == LmCache::Mem, "transformer_xl trains with --lm_cache kv_train"),
         ("enable_rem_score", *enable_rem_score && !has_cmt, CMT),
         ("under_rem_score_prob", flags.under_rem_score_prob != Some(0.) && !has_cmt, CMT),
         ("rem_cutoff", rem_cutoff.is_some(), "the reference does not train with it; it is a flag of inference"),
         ("pos_jump_on_mem", flags.pos_jump_on_mem.is_some() && !jumps, "it needs --positional_encoder rotary_mem_jump"),
         ("use_cache", *use_cache, INFERENCE),
-        ("lm_cache", *lm_cache != LmCache::None, INFERENCE),
-        ("mem_cache_size", mem_cache_size.is_some(), INFERENCE),
+        ("lm_cache", !is_xl && flags.lm_cache != LmCache::None, INFERENCE),
+        ("mem_cache_size", !is_xl && flags.mem_cache_size.is_some(), INFERENCE),
         ("mem_cache_freq", mem_cache_freq.is_some(), INFERENCE),
         ("cache_topk", *cache_topk != 1, INFERENCE),
         ("cache_selection_method", cache_selection_method != "per_token_and_head", INFERENCE),
@@ -61,8 +51,17 @@ pub fn check(flags: &Flags) -> anyhow::Result<()> {
         ("eval_sample_size", eval_sample_size.is_some(), INFERENCE),
         ("mid_length", *mid_length != 250, INFERENCE),
     ];
-    match refusals.into_iter().find(|(_, given, _)| *given) {
-        Some((flag, _, reason)) => bail!("--{flag} is refused: {reason}"),
+    if let Some((flag, _, reason)) = refusals.into_iter().find(|(_, given, _)| *given) {
+        bail!("--{flag} is refused: {reason}");
+    }
+    let missing = [
+        ("total_sequence_length N", flags.total_sequence_length.is_none()),
+        ("lm_cache kv_train", flags.lm_cache == LmCache::None),
+        ("mem_cache_size N", flags.mem_cache_size.is_none()),
+        ("allow_cache_during_training", !flags.allow_cache_during_training),
+    ];
+    match missing.into_iter().find(|(_, missing)| is_xl && *missing) {
+        Some((flag, _)) => bail!("--optimization_process transformer_xl needs --{flag}"),
         None => Ok(()),
     }
 }

@@ -1,0 +1,87 @@
+//! How a model reads the tokens of a batch: the reference's `--optimization_process`.
+
+use crate::error::Result;
+use candle_core::{Device, Tensor};
+use landmark_attention::Dropout;
+use landmark_data::{Batch, IGNORE};
+use landmark_memory::XlCache;
+use landmark_models::gpt::{Gpt, WindowAttention};
+use serde::{Deserialize, Serialize};
+
+/// How a model reads a batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Process {
+    /// Each row is one window.
+    #[default]
+    Landmark,
+    /// Each row is a longer piece of text, read window by window. A window also sees the last tokens before it, whose keys and
+    /// values no gradient passes through (Dai et al., 2019). Every window has its own loss, and the gradients of all add up,
+    /// as the reference's `train_xl` has it.
+    TransformerXl {
+        /// Tokens of a row. The last window is shorter where windows do not fill it.
+        total_sequence_length: usize,
+        /// Tokens before a window that it sees. More than `sequence_length` are those of several windows.
+        mem_cache_size: usize,
+    },
+}
+
+impl Process {
+    /// Runs a model over a batch. `each` is given the hidden states `[B, T, C]` and the targets `[B, T]` of every window that has targets,
+    /// in order. `seed` is that of a training step.
+    pub(crate) fn read(
+        &self,
+        model: &Gpt,
+        batch: &Batch,
+        seed: Option<u64>,
+        mut each: impl FnMut(&Tensor, &Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let config = model.config();
+        let length = batch.sequence_length;
+        let &Self::TransformerXl { mem_cache_size, .. } = self else {
+            let window = Window::new(model, batch, 0, length)?;
+            let mut attention = WindowAttention::new(config, &window.ids, seed)?;
+            return each(&model.hidden(&window.ids, &mut attention, seed)?, &window.targets);
+        };
+        let mut cache = XlCache::new(config.n_layer, mem_cache_size, config.rope());
+        for (index, from) in (0..length).step_by(config.sequence_length).enumerate() {
+            let window = Window::new(model, batch, from, length.min(from + config.sequence_length))?;
+            let seed = seed.map(|seed| mix(seed, index as u64));
+            let weights = config.dropout as f32;
+            cache.set_dropout(seed.filter(|_| weights > 0.).map(|seed| Dropout { weights, groups: 0., seed }));
+            let hidden = model.hidden(&window.ids, &mut cache, seed)?;
+            if window.has_targets {
+                each(&hidden, &window.targets)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Columns of a batch.
+struct Window {
+    ids: Tensor,
+    targets: Tensor,
+    has_targets: bool,
+}
+
+impl Window {
+    fn new(model: &Gpt, batch: &Batch, from: usize, to: usize) -> Result<Self> {
+        let device = model.parameters().values().next().map_or(&Device::Cpu, |var| var.device());
+        let columns = |ids: &[u32]| -> Vec<u32> {
+            ids.chunks(batch.sequence_length).flat_map(|row| &row[from..to]).copied().collect()
+        };
+        let (ids, targets) = (columns(&batch.inputs), columns(&batch.targets));
+        let has_targets = targets.iter().any(|&target| target != IGNORE);
+        let tensor = |ids: Vec<u32>| Tensor::from_vec(ids, (batch.rows, to - from), device);
+        Ok(Self { ids: tensor(ids)?, targets: tensor(targets)?, has_targets })
+    }
+}
+
+/// A seed out of a seed and a number, by SplitMix64: neighbours come out unrelated.
+pub(crate) fn mix(seed: u64, number: u64) -> u64 {
+    let mut z = seed.wrapping_add(number.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
