@@ -4,6 +4,7 @@ mod args;
 mod commands;
 mod files;
 mod interrupt;
+mod machine;
 mod plot;
 mod reader;
 mod reading;

@@ -4,12 +4,14 @@
 //! | --- | --- |
 //! | `train.tokens` | the [token file](crate::token_file) to train on |
 //! | `validation.tokens` | the one to evaluate on; empty where none was asked for |
+//! | `test.tokens` | the one to test on; only of data sets that have such a part |
 //! | `tokenizer.json` | the tokenizer that made both |
 //!
-//! A folder of the authors' raw files is read too: `train.bin`, and `validation.bin` or `val.bin`. It may lack the tokenizer.
+//! A folder of the authors' raw files is read too: `train.bin`, and `validation.bin` or `val.bin`, and perhaps `test.bin`. It may lack
+//! the tokenizer.
 //! Where a name exists in both forms, `.tokens` wins.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::{Error, Result, TokenFile, Tokenizer};
 
@@ -17,11 +19,14 @@ use crate::{Error, Result, TokenFile, Tokenizer};
 pub const TRAIN_FILE: &str = "train.tokens";
 /// The name of the token file to evaluate on.
 pub const VALIDATION_FILE: &str = "validation.tokens";
+/// The name of the token file to test on.
+pub const TEST_FILE: &str = "test.tokens";
 /// The name of the tokenizer's file.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
 
 const TRAIN_NAMES: &[&str] = &[TRAIN_FILE, "train.bin"];
 const VALIDATION_NAMES: &[&str] = &[VALIDATION_FILE, "validation.bin", "val.bin"];
+const TEST_NAMES: &[&str] = &[TEST_FILE, "test.bin"];
 
 /// A prepared corpus.
 #[derive(Debug)]
@@ -30,6 +35,8 @@ pub struct DataFolder {
     pub train: TokenFile,
     /// The tokens to evaluate on.
     pub validation: TokenFile,
+    /// The tokens to test on, where the data set has such a part.
+    pub test: Option<TokenFile>,
     /// The tokenizer that made them; a folder of raw files may lack it.
     pub tokenizer: Option<Tokenizer>,
 }
@@ -40,20 +47,25 @@ impl DataFolder {
         let dir = dir.as_ref();
         let train = open_first(dir, TRAIN_NAMES)?;
         let validation = open_first(dir, VALIDATION_NAMES)?;
+        let test = first(dir, TEST_NAMES).map(TokenFile::open_by_extension).transpose()?;
         let path = dir.join(TOKENIZER_FILE);
-        let raw = train.info().is_none() && validation.info().is_none();
+        let raw =
+            [Some(&train), Some(&validation), test.as_ref()].into_iter().flatten().all(|file| file.info().is_none());
         let tokenizer = if raw && !path.exists() { None } else { Some(Tokenizer::from_file(path)?) };
         if let Some(tokenizer) = &tokenizer {
             train.check_tokenizer(tokenizer)?;
             validation.check_tokenizer(tokenizer)?;
+            test.iter().try_for_each(|test| test.check_tokenizer(tokenizer))?;
         }
-        Ok(Self { train, validation, tokenizer })
+        Ok(Self { train, validation, test, tokenizer })
     }
 }
 
+fn first(dir: &Path, names: &[&str]) -> Option<PathBuf> {
+    names.iter().map(|name| dir.join(name)).find(|path| path.exists())
+}
+
 fn open_first(dir: &Path, names: &'static [&'static str]) -> Result<TokenFile> {
-    match names.iter().map(|name| dir.join(name)).find(|path| path.exists()) {
-        Some(path) => TokenFile::open_by_extension(path),
-        None => Err(Error::MissingFile { path: dir.to_path_buf(), expected: names }),
-    }
+    let missing = || Error::MissingFile { path: dir.to_path_buf(), expected: names };
+    TokenFile::open_by_extension(first(dir, names).ok_or_else(missing)?)
 }

@@ -43,7 +43,7 @@ pub mod tokenizer;
 
 pub use batches::{Batch, Batches, IGNORE};
 pub use error::Error;
-pub use folder::{DataFolder, TOKENIZER_FILE, TRAIN_FILE, VALIDATION_FILE};
+pub use folder::{DataFolder, TEST_FILE, TOKENIZER_FILE, TRAIN_FILE, VALIDATION_FILE};
 pub use stream::{Landmarks, Stream, Tokens};
 pub use token_file::{TokenFile, TokenFileInfo, TokenWriter};
 pub use tokenizer::{Decoder, Fingerprint, Tokenizer};

@@ -13,6 +13,7 @@ use candle_core::{DType, Device, Tensor};
 use landmark_attention::retrieval::{self, Selection, SlotQueries};
 use landmark_attention::{Attend, LandmarkParams, Landmarks, Rope, Rotation, landmark_attention_with_lse};
 
+use crate::distances::Distances;
 use crate::reads::Reads;
 use crate::store::BlockStore;
 use crate::{BlockRead, Error, Result};
@@ -58,14 +59,17 @@ pub struct LandmarkCache {
     /// Finished blocks of the text, dropped ones included.
     finished: usize,
     reads: Option<Reads>,
+    distances: Option<Distances>,
     retrievals: Retrievals,
 }
 
-/// How often queries retrieved.
+/// How often tokens retrieved, in all layers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Retrievals {
-    done: usize,
-    skipped: usize,
+pub struct Retrievals {
+    /// Retrievals that were made.
+    pub done: usize,
+    /// Retrievals that the context-miss token saved.
+    pub skipped: usize,
 }
 
 #[derive(Debug)]
@@ -109,7 +113,7 @@ impl LandmarkCache {
         let layers = (0..config.layers)
             .map(|_| Ok(Layer { store: BlockStore::new(shape, config.max_blocks, dtype, device)?, unfinished: None }))
             .collect::<Result<_>>()?;
-        Ok(Self { config, rope, layers, finished: 0, reads: None, retrievals: Retrievals::default() })
+        Ok(Self { config, rope, layers, finished: 0, reads: None, distances: None, retrievals: Retrievals::default() })
     }
 
     /// Ordinary tokens that a chunk may have at most: the window less `k + 1` blocks.
@@ -143,6 +147,11 @@ impl LandmarkCache {
         if done + skipped == 0 { 0. } else { skipped as f64 / (done + skipped) as f64 }
     }
 
+    /// How often tokens retrieved since the text began.
+    pub fn retrievals(&self) -> Retrievals {
+        self.retrievals
+    }
+
     /// Starts to note which blocks are read, from nothing.
     pub fn trace_reads(&mut self) {
         self.reads = Some(Reads::default());
@@ -151,6 +160,17 @@ impl LandmarkCache {
     /// The blocks that row `row` read since [`Self::trace_reads`], the most read first.
     pub fn reads(&self, row: usize) -> Vec<BlockRead> {
         self.reads.as_ref().map_or(vec![], |reads| reads.ranked(row))
+    }
+
+    /// Starts to count how far away the blocks are that are read, from nothing. The counts outlast [`Self::clear`].
+    pub fn trace_distances(&mut self) {
+        self.distances = Some(Distances::default());
+    }
+
+    /// The number of retrievals of blocks at each distance since [`Self::trace_distances`], over all tokens, heads, layers and rows:
+    /// entry `d` is of blocks that were finished `d` blocks before the token's own; entry 0 is always 0.
+    pub fn distances(&self) -> &[u64] {
+        self.distances.as_ref().map_or(&[], Distances::counts)
     }
 
     /// Forgets the text.
@@ -206,6 +226,7 @@ impl LandmarkCache {
             slots: (0..if top_k == 0 { 0 } else { slots }).map(|s| at(start - (s * block) as i64, length)).collect(),
             miss: self.rope.at(&[-1]),
             newest,
+            unfinished,
             n_finished,
             pending: Vec::with_capacity(layers),
             retrievals: Retrievals::default(),
@@ -248,6 +269,8 @@ struct Chunk<'a> {
     /// The context-miss token stands at position -1.
     miss: Rotation,
     newest: usize,
+    /// Tokens of the unfinished block before the chunk.
+    unfinished: usize,
     n_finished: usize,
     pending: Vec<Pending>,
     retrievals: Retrievals,
@@ -289,8 +312,13 @@ impl Chunk<'_> {
         Ok(Tensor::stack(&slots, 0)?)
     }
 
-    /// Reads the best blocks: what was read, and which.
-    fn retrieve(&mut self, layer: usize, q_slots: &Tensor) -> Result<(retrieval::Retrieved, Tensor)> {
+    /// Reads the best blocks: what was read, and which. `tokens` are the queries' places in the chunk, `None` for all of it.
+    fn retrieve(
+        &mut self,
+        layer: usize,
+        q_slots: &Tensor,
+        tokens: Option<&[u32]>,
+    ) -> Result<(retrieval::Retrieved, Tensor)> {
         let CacheConfig { top_k, selection, .. } = self.cache.config;
         let scale = 1. / (q_slots.dims()[4] as f64).sqrt();
         let queries = SlotQueries { queries: q_slots, newest: self.newest, scale };
@@ -298,6 +326,15 @@ impl Chunk<'_> {
         let chosen = retrieval::select(queries, blocks, top_k, selection)?;
         let retrieved = retrieval::attend(queries, blocks, &chosen)?;
         self.retrievals.done += q_slots.dims()[3];
+        let store = &self.cache.layers[layer].store;
+        if let Some(distances) = &mut self.cache.distances {
+            let oldest = self.cache.finished - store.len();
+            let block_of = |i: usize| {
+                let place = self.unfinished + tokens.map_or(i, |tokens| tokens[i] as usize);
+                self.cache.finished + place / (self.cache.config.mem_freq + 1)
+            };
+            distances.add(&chosen, |i| block_of(i) - oldest)?;
+        }
         Ok((retrieved, chosen))
     }
 
@@ -313,7 +350,7 @@ impl Chunk<'_> {
         if self.slots.is_empty() {
             return Ok(out);
         }
-        let (retrieved, chosen) = self.retrieve(layer, &self.slot_queries(q)?)?;
+        let (retrieved, chosen) = self.retrieve(layer, &self.slot_queries(q)?, None)?;
         let (out, lse) = retrieval::join((&out, &lse), (&retrieved.out, &retrieved.lse))?;
         self.trace(&retrieved, &chosen, &lse)?;
         Ok(out)
@@ -345,14 +382,14 @@ impl Chunk<'_> {
             let active: Vec<u32> = (0..time as u32).filter(|&t| largest[t as usize] > 0.).collect();
             if active.len() < time && self.cache.config.selection != Selection::MaxOverTokens {
                 self.retrievals.skipped += time - active.len();
-                let active = Tensor::new(active, q.device())?;
-                let q_slots = self.slot_queries(q)?.index_select(&active, 3)?;
-                let (retrieved, _) = self.retrieve(layer, &q_slots)?;
-                let weight = weight.index_select(&active, 2)?.unsqueeze(3)?;
-                return Ok(out.index_add(&active, &retrieved.out.broadcast_mul(&weight)?, 2)?);
+                let places = Tensor::new(active.as_slice(), q.device())?;
+                let q_slots = self.slot_queries(q)?.index_select(&places, 3)?;
+                let (retrieved, _) = self.retrieve(layer, &q_slots, Some(&active))?;
+                let weight = weight.index_select(&places, 2)?.unsqueeze(3)?;
+                return Ok(out.index_add(&places, &retrieved.out.broadcast_mul(&weight)?, 2)?);
             }
         }
-        let (retrieved, chosen) = self.retrieve(layer, &self.slot_queries(q)?)?;
+        let (retrieved, chosen) = self.retrieve(layer, &self.slot_queries(q)?, None)?;
         // A block's share is its softmax weight among the chosen ones times the token's.
         let lse = (&retrieved.lse - weight.log()?)?;
         self.trace(&retrieved, &chosen, &lse)?;

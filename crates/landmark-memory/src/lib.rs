@@ -7,12 +7,13 @@
 //! Both hand themselves to the model as [`landmark_attention::Attend`]; they know nothing of models, files or tokenizers.
 
 mod cache;
+mod distances;
 mod error;
 mod reads;
 mod store;
 mod xl;
 
-pub use cache::{CacheConfig, ContextMiss, LandmarkCache};
+pub use cache::{CacheConfig, ContextMiss, LandmarkCache, Retrievals};
 pub use error::{Error, Result};
 pub use landmark_attention::retrieval::Selection;
 pub use reads::BlockRead;

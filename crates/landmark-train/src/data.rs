@@ -55,7 +55,7 @@ pub(crate) struct Identity {
 impl Corpus {
     /// Opens a folder of prepared data and checks all of it. `tokenizer` stands in where the folder lacks one.
     pub fn open(folder: &Path, tokenizer: Option<Tokenizer>) -> Result<Self> {
-        let DataFolder { train, validation, tokenizer: own } = DataFolder::open(folder)?;
+        let DataFolder { train, validation, tokenizer: own, .. } = DataFolder::open(folder)?;
         train.verify()?;
         validation.verify()?;
         let tokenizer = match (own, tokenizer) {

@@ -1,10 +1,11 @@
 //! `landmark` without arguments: a small model learns most of a novel, then reads the rest of it, far outside its window.
 
-mod machine;
+mod lines;
 mod training;
 
 use crate::files;
 use crate::interrupt;
+use crate::machine::peak_memory;
 use crate::reader::{CacheFlags, Reader};
 use crate::reading::{ReadingBar, grouped, most_read, rate};
 use crate::sampling::Sampler;
@@ -105,8 +106,7 @@ fn demonstrate(args: &Args, limit: Duration, out: &mut impl Write) -> anyhow::Re
     if interrupt::requested() {
         return Ok(());
     }
-    let memory =
-        machine::peak_memory().map_or(String::new(), |bytes| format!(", at most {} MB of memory", bytes >> 20));
+    let memory = peak_memory().map_or(String::new(), |bytes| format!(", at most {} MB of memory", bytes >> 20));
     writeln!(
         out,
         "\nDone in {:.0} s{memory}. The model is in {}. To go on:",
@@ -184,7 +184,7 @@ fn write_on(mut reader: Reader, mut tokens: Vec<u32>, seed: u64, out: &mut impl 
     writeln!(out, "\n3. Writing: how the model goes on, having read all that\n")?;
     let tokenizer = reader.tokenizer().clone();
     let mut decoder = tokenizer.decoder();
-    let mut lines = machine::Lines::new(out, "   ");
+    let mut lines = lines::Lines::new(out, "   ");
     lines.push(PROMPT.trim_start())?;
     reader.trace_reads();
     reader.generate(WRITTEN, &mut Sampler::with(TEMPERATURE, seed), |token| {

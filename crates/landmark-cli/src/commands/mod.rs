@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod completions;
 pub mod demo;
+pub mod eval;
 pub mod generate;
 pub mod passkey;
 pub mod prepare;
@@ -18,6 +19,8 @@ pub enum Command {
     Prepare(prepare::Args),
     /// Train a model
     Train(Box<train::Args>),
+    /// Perplexity and accuracy over texts of any length, and the paper's tables
+    Eval(Box<eval::Args>),
     /// Measure speed and memory, next to PyTorch
     Bench(bench::Args),
     /// Learn a novel, then read the rest of it far outside the window: what `landmark` alone does
@@ -36,6 +39,7 @@ impl Command {
         match self {
             Self::Prepare(args) => prepare::run(args),
             Self::Train(args) => train::run(*args),
+            Self::Eval(args) => eval::run(*args),
             Self::Bench(args) => bench::run(args),
             Self::Demo(args) => demo::run(args),
             Self::Generate(args) => generate::run(*args),

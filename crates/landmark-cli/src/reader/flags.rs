@@ -57,7 +57,7 @@ pub struct ModelFlags {
 #[derive(Args, Clone, Debug, Default)]
 #[command(rename_all = "snake_case", next_help_heading = "Reading")]
 pub struct CacheFlags {
-    /// What is remembered of earlier text. Left out: mem for a landmark model, kv for base_rotary
+    /// What is remembered of earlier text. Left out: mem for a landmark model, kv for base_rotary (in eval with --use_cache only)
     #[arg(long, value_enum)]
     pub lm_cache: Option<LmCache>,
     /// Blocks that each token reads; 0: none, only its chunk. Left out: at most 4, in at most half of the window
@@ -153,8 +153,20 @@ impl CacheFlags {
     }
 }
 
+impl SelectionMethod {
+    /// As the command line spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::PerTokenAndHead => "per_token_and_head",
+            Self::MaxOverHeads => "max_over_heads",
+            Self::MaxOverTokens => "max_over_tokens",
+        }
+    }
+}
+
 impl LmCache {
-    fn name(self) -> &'static str {
+    /// As the command line spells it.
+    pub fn name(self) -> &'static str {
         match self {
             Self::None => "none",
             Self::Mem => "mem",

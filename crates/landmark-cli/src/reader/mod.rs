@@ -3,15 +3,16 @@
 mod flags;
 mod memory;
 
+use crate::args::DeviceChoice;
 use crate::sampling::Sampler;
 use anyhow::{Context, bail};
 use candle_core::{DType, Device, Tensor};
-pub use flags::{CacheFlags, ModelFlags, SelectionMethod};
+pub use flags::{CacheFlags, LmCache, ModelFlags, SelectionMethod};
 use landmark_data::{TOKENIZER_FILE, Tokenizer};
 use landmark_memory::BlockRead;
 use landmark_models::IGNORE;
 use landmark_models::gpt::Gpt;
-use memory::Memory;
+pub use memory::{Memory, fitting};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -29,11 +30,8 @@ pub struct Reader {
 impl Reader {
     /// Opens the model that the flags name.
     pub fn open(model: &ModelFlags, cache: &CacheFlags) -> anyhow::Result<Self> {
-        let device = model.device.open()?;
         let folder = checkpoint(&model.checkpoint)?;
-        let loaded = Gpt::load(&folder, &device);
-        let weights = loaded.with_context(|| format!("--checkpoint {}", model.checkpoint.display()))?.detached();
-        Self::new(weights, tokenizer(&folder, model.tokenizer.as_deref())?, cache)
+        Self::new(load(&folder, model.device)?, tokenizer(&folder, model.tokenizer.as_deref())?, cache)
     }
 
     /// Reads with a model at hand.
@@ -45,7 +43,7 @@ impl Reader {
                 model.config().vocab_size
             );
         }
-        let (memory, chunk) = Memory::new(cache, &model)?;
+        let (memory, chunk) = Memory::new(cache, &model, 1)?;
         Ok(Self { model, tokenizer, memory, chunk, last: None, last_token: None })
     }
 
@@ -203,7 +201,7 @@ impl Reader {
 
     /// Reads one chunk.
     fn advance(&mut self, chunk: &[u32]) -> anyhow::Result<Tensor> {
-        let hidden = self.memory.forward(&self.model, chunk)?;
+        let hidden = self.memory.forward(&self.model, &[chunk])?;
         // A copy: a part would keep the whole chunk in memory.
         self.last = Some(hidden.narrow(1, chunk.len() - 1, 1)?.force_contiguous()?);
         self.last_token = chunk.last().copied();
@@ -211,8 +209,14 @@ impl Reader {
     }
 }
 
+/// The model in a folder, for reading.
+pub fn load(folder: &Path, device: DeviceChoice) -> anyhow::Result<Gpt> {
+    let loaded = Gpt::load(folder, &device.open()?);
+    Ok(loaded.with_context(|| format!("--checkpoint {}", folder.display()))?.detached())
+}
+
 /// The folder of the model itself: an experiment's newest checkpoint if it is an experiment.
-fn checkpoint(folder: &Path) -> anyhow::Result<PathBuf> {
+pub fn checkpoint(folder: &Path) -> anyhow::Result<PathBuf> {
     if !folder.is_dir() {
         bail!("--checkpoint {}: no such folder; expected one that landmark train wrote", folder.display());
     }
@@ -226,7 +230,8 @@ fn checkpoint(folder: &Path) -> anyhow::Result<PathBuf> {
     })
 }
 
-fn tokenizer(folder: &Path, given: Option<&str>) -> anyhow::Result<Tokenizer> {
+/// The tokenizer of the model in a folder, or the given one.
+pub fn tokenizer(folder: &Path, given: Option<&str>) -> anyhow::Result<Tokenizer> {
     let own = folder.join(TOKENIZER_FILE);
     match given {
         Some("bytes") => Ok(Tokenizer::bytes()),

@@ -1,17 +1,9 @@
-//! What the demonstration needs of the machine: its peak memory, and lines that fit a terminal.
+//! Lines that fit a terminal.
 
 use std::io::{Result, Write};
 
 /// Columns of a line.
 const WIDTH: usize = 86;
-
-/// The most memory that this process had at once, in bytes, where the system tells.
-pub fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kilobytes << 10)
-}
 
 /// Writes text as it arrives, indented, and broken between words.
 pub struct Lines<'w, W> {
@@ -81,11 +73,5 @@ mod tests {
         assert!(text.starts_with("  It was a\n  dark night"), "{text}");
         assert!(text.lines().count() == 4 && text.lines().all(|line| line.len() <= WIDTH && line.starts_with("  ")));
         assert_eq!(text.split_whitespace().count(), 34);
-    }
-
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn linux_tells_the_peak_memory() {
-        assert!(peak_memory().unwrap() > 1 << 20);
     }
 }

@@ -1,0 +1,228 @@
+//! A table of the paper: every cell evaluated once, kept, and not computed again.
+
+use super::flags::Args;
+pub use super::paper::GridName;
+use super::paper::{Method, Row};
+use super::report::{self, Report};
+use super::setting::{Reading, Setting};
+use super::text::Text;
+use super::{Model, evaluate, plot, table};
+use crate::interrupt;
+use crate::reading::grouped;
+use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// What is known of a row on a data set.
+pub enum Cell {
+    /// Evaluated, now or before.
+    Done(Box<Report>),
+    /// The model or the text cannot do it, and why.
+    Refused(String),
+    /// No model was given for the row.
+    NoModel,
+    /// Not yet evaluated.
+    Pending,
+}
+
+/// All rows, and a cell for each data set.
+pub struct Table {
+    /// Which one.
+    pub name: GridName,
+    /// The data sets, in columns.
+    pub datasets: Vec<String>,
+    /// The part of them.
+    pub split: &'static str,
+    /// Heads of the landmark model, and ordinary tokens of its blocks.
+    pub landmark: Option<(usize, usize)>,
+    /// The rows.
+    pub rows: Vec<(Row, Vec<Cell>)>,
+}
+
+/// All that decides the figures of a cell.
+#[derive(Serialize, Deserialize, PartialEq)]
+struct Key {
+    version: u32,
+    setting: Setting,
+    bins: usize,
+    /// SHA-256 of the model's files, and of the tokens that are read.
+    model: String,
+    tokens: String,
+}
+
+/// A file in `cells/`.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    key: Key,
+    report: Report,
+}
+
+/// The meaning of a cell's figures: raised when the evaluation changes.
+const VERSION: u32 = 1;
+
+/// Evaluates the grid.
+pub fn run(name: GridName, args: &Args) -> anyhow::Result<ExitCode> {
+    if args.text.dataset.is_empty() {
+        bail!(
+            "--grid {}: there is nothing to evaluate on: name prepared data with --dataset, once or several times",
+            name.name()
+        );
+    }
+    let models = [
+        (Method::Dense, "--dense_checkpoint", &args.grid.dense_checkpoint),
+        (Method::Xl, "--xl_checkpoint", &args.grid.xl_checkpoint),
+        (Method::Landmark, "--landmark_checkpoint", &args.grid.landmark_checkpoint),
+    ];
+    let rows = name.rows();
+    for (method, flag, given) in models {
+        if given.is_some() && rows.iter().all(|row| row.method != method) {
+            bail!("{flag} is refused: {} has no rows of such a model", name.name());
+        }
+    }
+    if models.iter().all(|(.., given)| given.is_none()) {
+        bail!(
+            "--grid {}: there is no model; give --landmark_checkpoint, --dense_checkpoint, --xl_checkpoint",
+            name.name()
+        );
+    }
+    let texts = args.text.dataset.iter().map(|dataset| Text::prepared(&args.text, dataset));
+    let texts = texts.collect::<anyhow::Result<Vec<_>>>()?;
+    let out = args.grid.out.clone().unwrap_or_else(|| Path::new("exps/eval").join(name.name()));
+    let cells = out.join("cells");
+    fs::create_dir_all(&cells).with_context(|| format!("--out {}: cannot make it", out.display()))?;
+
+    let mut table = Table {
+        name,
+        datasets: args.text.dataset.clone(),
+        split: args.text.split.name(),
+        landmark: None,
+        rows: rows.iter().map(|row| (*row, texts.iter().map(|_| Cell::Pending).collect())).collect(),
+    };
+    let count = rows.len() * texts.len();
+    let mut number = 0;
+    // One model in memory at a time.
+    for (method, flag, given) in models {
+        let model = given.as_deref().map(|named| Model::open(named, args)).transpose().context(flag)?;
+        let hash = model.as_ref().map(|model| hash_of(&model.folder)).transpose()?;
+        if let (Method::Landmark, Some(model)) = (method, &model) {
+            let config = model.gpt.config();
+            table.landmark = Some((config.n_head, config.mem_freq.unwrap_or(0)));
+        }
+        for (row, found) in table.rows.iter_mut().filter(|(row, _)| row.method == method) {
+            for (text, cell) in texts.iter().zip(found) {
+                number += 1;
+                let (Some(model), Some(hash)) = (&model, &hash) else {
+                    *cell = Cell::NoModel;
+                    continue;
+                };
+                let what = format!("[{number}/{count}] {}: {}", text.name, row.label());
+                if interrupt::requested() {
+                    continue;
+                }
+                *cell = compute(row, model, hash, text, args, &cells, &what)?;
+                match cell {
+                    Cell::Done(report) => {
+                        let (perplexity, rate) = (report.measured.perplexity, report.measured.tok_per_s as usize);
+                        println!("{what}: perplexity {perplexity:.3}, {} tok/s", grouped(rate));
+                    }
+                    Cell::Refused(reason) => println!("{what}: refused: {reason}"),
+                    Cell::NoModel | Cell::Pending => {}
+                }
+            }
+        }
+    }
+    finish(&table, &out)
+}
+
+/// Writes the table as far as it is known, and prints it.
+fn finish(table: &Table, out: &Path) -> anyhow::Result<ExitCode> {
+    let markdown = table::markdown(table);
+    let name = table.name.name();
+    report::write(&out.join(format!("{name}.md")), "--out", &markdown)?;
+    report::write(&out.join(format!("{name}.csv")), "--out", &table::csv(table))?;
+    for (column, dataset) in table.datasets.iter().enumerate() {
+        plot::grid(&out.join(format!("{name}-{dataset}.svg")), table, column).context("--out")?;
+    }
+    println!("\n{markdown}");
+    let cells = || table.rows.iter().flat_map(|(_, cells)| cells);
+    let pending = cells().filter(|cell| matches!(cell, Cell::Pending)).count();
+    println!("{name}.md, {name}.csv and the plots are in {}", out.display());
+    if pending > 0 {
+        let done = cells().filter(|cell| matches!(cell, Cell::Done(_))).count();
+        eprintln!("Stopped: {done} cells are finished and kept, {pending} are not. The same command goes on.");
+        return Ok(ExitCode::from(interrupt::EXIT_CODE));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The cell of a row on a text: kept, or evaluated and kept from now on.
+fn compute(
+    row: &Row,
+    model: &Model,
+    hash: &str,
+    text: &Text,
+    args: &Args,
+    cells: &Path,
+    what: &str,
+) -> anyhow::Result<Cell> {
+    // What a model or a text cannot do is a finding; what goes wrong later is an error.
+    let resolve = || -> anyhow::Result<_> {
+        text.check_model(&model.gpt, model.tokenizer.as_ref())?;
+        let reading = Reading::resolve(&row.flags(), false, Some(row.eval_seq_length), None, &model.gpt)?;
+        let sequences = text.sequences(row.eval_seq_length, args.text.eval_sample_size, args.text.seed)?;
+        Ok((reading, sequences))
+    };
+    let (reading, sequences) = match resolve() {
+        Ok(resolved) => resolved,
+        Err(error) => return Ok(Cell::Refused(format!("{error:#}"))),
+    };
+    let tokens = sequences.fingerprint()?;
+    let setting = reading.setting.clone();
+    let key = Key { version: VERSION, setting, bins: args.results.bins, model: hash.into(), tokens };
+    let path = cells.join(file_name(&key)?);
+    if let Some(report) = kept(&path, &key, text) {
+        return Ok(Cell::Done(Box::new(report)));
+    }
+    let Some(report) = evaluate(model, text, &reading, args, what)? else { return Ok(Cell::Pending) };
+    let kept = Kept { key, report };
+    report::write(&path, "--out", &(serde_json::to_string_pretty(&kept)? + "\n"))?;
+    Ok(Cell::Done(Box::new(kept.report)))
+}
+
+/// A cell that an earlier run has finished.
+fn kept(path: &Path, key: &Key, text: &Text) -> Option<Report> {
+    let bytes = fs::read(path).ok()?;
+    match serde_json::from_slice::<Kept>(&bytes) {
+        // The tokens may have had another name then.
+        Ok(kept) if kept.key == *key => Some(Report { dataset: text.name.clone(), ..kept.report }),
+        Ok(_) => None,
+        Err(error) => {
+            eprintln!("{}: {error}; evaluated again", path.display());
+            None
+        }
+    }
+}
+
+fn file_name(key: &Key) -> anyhow::Result<PathBuf> {
+    let hash = hex(&Sha256::digest(serde_json::to_vec(key)?));
+    Ok(format!("{}.json", &hash[..16]).into())
+}
+
+/// SHA-256 of a model's files.
+fn hash_of(folder: &Path) -> anyhow::Result<String> {
+    let mut hasher = Sha256::new();
+    for name in ["config.json", "model.safetensors"] {
+        let path = folder.join(name);
+        let mut read = || std::io::copy(&mut File::open(&path)?, &mut hasher);
+        read().with_context(|| format!("cannot read {}", path.display()))?;
+    }
+    Ok(hex(&hasher.finalize()))
+}
+
+/// In hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
