@@ -71,7 +71,7 @@ impl Attend for Direct {
         let own = mask(&|_, j, window| j >= window)?;
         let seen = mask(&|i, j, window| j <= i && j + self.cache >= window)?;
         let (q, scale) = (q.contiguous()?, 1. / (dim as f64).sqrt());
-        let scores = |k: &Tensor| (q.matmul(&k.t()?.contiguous()?)? * scale);
+        let scores = |k: &Tensor| q.matmul(&k.t()?.contiguous()?)? * scale;
         let scores = own.where_cond(&scores(&k)?, &scores(&k.detach())?)?;
         let nothing = Tensor::full(f64::NEG_INFINITY, scores.shape(), &Device::Cpu)?;
         let scores = seen.where_cond(&scores, &nothing)?;
