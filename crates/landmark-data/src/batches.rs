@@ -115,17 +115,17 @@ impl Batches {
             sequence_length,
         };
         let landmark = self.stream.landmarks().id();
+        let mut ids = Vec::with_capacity(sequence_length + 2);
         for start in starts {
+            self.stream.read_into(&mut ids, start, sequence_length + 2);
             // `IGNORE` stands for the one position after the stream's end that a last target may ask for: no loss there.
-            let id = |i: usize| self.stream.get(start + i as u64).unwrap_or(IGNORE);
-            let mut input = id(0);
+            ids.resize(sequence_length + 2, IGNORE);
             for i in 0..sequence_length {
-                let next = id(i + 1);
-                let target = if Some(next) == landmark { id(i + 2) } else { next };
+                let (input, next) = (ids[i], ids[i + 1]);
+                let target = if Some(next) == landmark { ids[i + 2] } else { next };
                 let no_loss = Some(input) == landmark || Some(input) == self.end_of_text;
                 batch.inputs.push(input);
                 batch.targets.push(if no_loss { IGNORE } else { target });
-                input = next;
             }
             batch.rows += 1;
         }

@@ -10,8 +10,8 @@
 //! ```
 //!
 //! Two choices shape it. Landmarks are *not* stored: a [`Stream`] inserts them on the fly, so that one data folder serves
-//! every block size. And a batch is a *pure function* of `(seed, index)`, so that a training run resumes with the very
-//! batches that it would have seen, from two integers.
+//! every block size, and blocks that follow the text's own [`borders`]. And a batch is a *pure function* of `(seed, index)`,
+//! so that a training run resumes with the very batches that it would have seen, from two integers.
 //!
 //! What is absent, on purpose: tensors and devices (a [`Batch`] is plain vectors), models, and the network.
 //!
@@ -33,6 +33,7 @@
 //! ```
 
 pub mod batches;
+pub mod borders;
 mod error;
 pub mod folder;
 mod output;
@@ -42,6 +43,7 @@ pub mod token_file;
 pub mod tokenizer;
 
 pub use batches::{Batch, Batches, IGNORE};
+pub use borders::{Border, BorderRule, Placer};
 pub use error::Error;
 pub use folder::{DataFolder, TEST_FILE, TOKENIZER_FILE, TRAIN_FILE, VALIDATION_FILE};
 pub use stream::{Landmarks, Stream, Tokens};

@@ -5,6 +5,9 @@
 //! `p - p / L` of the corpus (there are `p / L` landmarks before it). The count runs over the whole corpus, not over
 //! documents. Access is O(1) and takes no memory.
 //!
+//! At the [borders](crate::borders) of the text they are virtual too; a small index made when the corpus is opened gives access
+//! to any place in microseconds.
+//!
 //! ```
 //! use landmark_data::{Landmarks, Stream, Tokens};
 //!
@@ -15,7 +18,8 @@
 
 use std::sync::Arc;
 
-use crate::{Error, Result, TokenFile};
+use crate::borders::Index;
+use crate::{BorderRule, Error, Result, TokenFile};
 
 /// A corpus: a file, or ids in memory.
 #[derive(Debug)]
@@ -62,7 +66,7 @@ impl From<Vec<u32>> for Tokens {
 }
 
 /// Where a stream's landmarks come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Landmarks {
     /// There are none: a plain corpus for a model without landmarks.
     None,
@@ -73,6 +77,13 @@ pub enum Landmarks {
         /// Ordinary tokens of a block; at least 1.
         mem_freq: u32,
     },
+    /// They are inserted on the fly at the text's borders.
+    AtBorders {
+        /// The landmark's token id.
+        id: u32,
+        /// Where.
+        rule: BorderRule,
+    },
     /// The corpus has them already, as the files that the authors' code prepares for training.
     Present {
         /// The landmark's token id.
@@ -82,10 +93,10 @@ pub enum Landmarks {
 
 impl Landmarks {
     /// The landmark's token id, if there are landmarks.
-    pub fn id(self) -> Option<u32> {
-        match self {
+    pub fn id(&self) -> Option<u32> {
+        match *self {
             Self::None => None,
-            Self::Insert { id, .. } | Self::Present { id } => Some(id),
+            Self::Insert { id, .. } | Self::AtBorders { id, .. } | Self::Present { id } => Some(id),
         }
     }
 }
@@ -95,23 +106,28 @@ impl Landmarks {
 pub struct Stream {
     tokens: Arc<Tokens>,
     landmarks: Landmarks,
-    /// Block length where landmarks are inserted, else 0.
-    block: u64,
+    /// Where landmarks are at borders.
+    index: Option<Arc<Index>>,
     len: u64,
 }
 
 impl Stream {
-    /// The stream of `tokens` with `landmarks`.
+    /// The stream of `tokens` with `landmarks`. Takes constant time, but for landmarks at borders one pass over the tokens.
     pub fn new(tokens: impl Into<Tokens>, landmarks: Landmarks) -> Result<Self> {
         let tokens = tokens.into();
-        let (block, inserted) = match landmarks {
+        let (index, inserted) = match &landmarks {
             Landmarks::Insert { mem_freq: 0, .. } => {
                 return Err(Error::Param { name: "mem_freq", got: "0".into(), expected: "at least 1" });
             }
-            Landmarks::Insert { mem_freq, .. } => (u64::from(mem_freq) + 1, tokens.len() / u64::from(mem_freq)),
-            Landmarks::None | Landmarks::Present { .. } => (0, 0),
+            Landmarks::Insert { mem_freq, .. } => (None, tokens.len() / u64::from(*mem_freq)),
+            Landmarks::AtBorders { rule, .. } => {
+                let index = Index::new(&tokens, rule);
+                let inserted = index.landmarks();
+                (Some(Arc::new(index)), inserted)
+            }
+            Landmarks::None | Landmarks::Present { .. } => (None, 0),
         };
-        Ok(Self { len: tokens.len() + inserted, tokens: Arc::new(tokens), landmarks, block })
+        Ok(Self { len: tokens.len() + inserted, tokens: Arc::new(tokens), landmarks, index })
     }
 
     /// The number of positions, landmarks included.
@@ -125,8 +141,8 @@ impl Stream {
     }
 
     /// The landmarks of this stream.
-    pub fn landmarks(&self) -> Landmarks {
-        self.landmarks
+    pub fn landmarks(&self) -> &Landmarks {
+        &self.landmarks
     }
 
     /// The corpus without its landmarks.
@@ -134,24 +150,67 @@ impl Stream {
         &self.tokens
     }
 
-    /// The id at position `p`. O(1).
+    /// The id at position `p`.
     pub fn get(&self, p: u64) -> Option<u32> {
-        match self.landmarks {
-            _ if p >= self.len => None,
-            Landmarks::Insert { id, .. } if p % self.block == self.block - 1 => Some(id),
-            Landmarks::Insert { .. } => self.tokens.get(p - p / self.block),
-            Landmarks::None | Landmarks::Present { .. } => self.tokens.get(p),
-        }
+        let mut id = None;
+        self.visit(p, |found| {
+            id = Some(found);
+            false
+        });
+        id
     }
 
     /// The `len` ids from position `start` on.
     pub fn read(&self, start: u64, len: usize) -> Result<Vec<u32>> {
         let end = start.saturating_add(len as u64);
-        let out_of_range = || Error::OutOfRange { start, end, len: self.len };
         if end > self.len {
-            return Err(out_of_range());
+            return Err(Error::OutOfRange { start, end, len: self.len });
         }
-        (start..end).map(|p| self.get(p).ok_or_else(out_of_range)).collect()
+        let mut ids = Vec::with_capacity(len);
+        self.read_into(&mut ids, start, len);
+        Ok(ids)
+    }
+
+    /// Replaces `ids` by the ids from position `start` on, `len` or as many as there are.
+    pub(crate) fn read_into(&self, ids: &mut Vec<u32>, start: u64, len: usize) {
+        ids.clear();
+        if len > 0 {
+            self.visit(start, |id| {
+                ids.push(id);
+                ids.len() < len
+            });
+        }
+    }
+
+    /// Calls `visit` with the ids from position `start` on while it returns true.
+    fn visit(&self, start: u64, mut visit: impl FnMut(u32) -> bool) {
+        match (&self.landmarks, &self.index) {
+            (&Landmarks::Insert { id, mem_freq }, _) => {
+                let block = u64::from(mem_freq) + 1;
+                let (mut token, mut place) = (start - start / block, start % block);
+                for _ in start..self.len {
+                    let next = if place == block - 1 { Some(id) } else { self.tokens.get(token) };
+                    if !next.is_some_and(&mut visit) {
+                        return;
+                    }
+                    if place == block - 1 {
+                        place = 0;
+                    } else {
+                        (token, place) = (token + 1, place + 1);
+                    }
+                }
+            }
+            (Landmarks::AtBorders { id, rule }, Some(index)) => {
+                index.visit(&self.tokens, rule, start, |token| visit(token.unwrap_or(*id)));
+            }
+            _ => {
+                for token in start..self.len {
+                    if !self.tokens.get(token).is_some_and(&mut visit) {
+                        return;
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -253,6 +253,24 @@ impl Tokenizer {
         }
     }
 
+    /// The bytes that each id stands for within a text, by id; none for a special one.
+    pub(crate) fn texts(&self) -> Vec<Vec<u8>> {
+        let ids = 0..self.vocab_size_u32();
+        if self.is_byte_level() {
+            return ids.map(|id| self.token_bytes(id)).collect();
+        }
+        // Other decoders look at neighbours: what an id adds to a word is its text. An id that is not used has none.
+        let decode = |ids: &[u32]| self.decode(ids).unwrap_or_default();
+        let is_word =
+            |id: &u32| matches!(decode(&[*id]), word if !word.is_empty() && word.chars().all(char::is_alphanumeric));
+        let Some(word) = ids.clone().find(is_word) else {
+            return ids.map(|id| decode(&[id]).into_bytes()).collect();
+        };
+        let before = decode(&[word]);
+        let text = |id| decode(&[word, id]).strip_prefix(&before).unwrap_or_default().as_bytes().to_vec();
+        ids.map(text).collect()
+    }
+
     fn is_byte_level(&self) -> bool {
         match &self.kind {
             Kind::Bytes => true,

@@ -167,3 +167,13 @@ fn files_that_are_no_tokenizer_are_errors() {
     }
     assert!(matches!(Tokenizer::from_file("/no/such/tokenizer.json"), Err(Error::Io { .. })));
 }
+
+#[test]
+fn texts_are_what_ids_add_to_a_text() {
+    let texts = Tokenizer::bytes().texts();
+    assert_eq!((&texts[65][..], &texts[256][..], texts.len()), (&b"A"[..], &b""[..], 258));
+    assert_eq!(bytes_as_hugging_face().texts(), texts);
+    let texts = sentence_piece().texts();
+    let texts: Vec<_> = texts.iter().map(|text| String::from_utf8_lossy(text)).collect();
+    assert_eq!(&texts[1..6], [" ", "a", " a", "b", ""]);
+}
