@@ -1,8 +1,8 @@
 //! Attention over blocks that were read before: which blocks a query reads, and what it gets from them (paper, section 3.2).
 //!
-//! Blocks are kept with keys rotated to their place *inside the block* only (offset `0..block`). A block is put into slot `s`,
-//! that is at positions `s * block ..`, by rotating the query to `position - s * block` instead: the same distances, and no
-//! stored key is ever rotated again. So a call takes the queries once for each slot.
+//! Blocks are kept with keys rotated to their place *inside the block* only (offset `0..block`). A block is put into a slot, a run of `block`
+//! positions, by rotating the query to `position - the slot's first position` instead: the same distances, and no stored key is ever
+//! rotated again. So a call takes the queries once for each slot.
 
 use candle_core::{DType, Tensor};
 
@@ -20,7 +20,8 @@ pub enum Selection {
     MaxOverTokens,
 }
 
-/// Finished blocks, in a ring: block `i`, oldest first, is at place `(first + i) % capacity`.
+/// Finished blocks, in a ring: block `i`, oldest first, is at place `(first + i) % capacity`. Places are of one size; a shorter block is at
+/// the end of its place, its landmark where all have theirs, and what is before it is never read.
 #[derive(Debug, Clone, Copy)]
 pub struct Blocks<'a> {
     /// Keys `[batch, kv_heads, capacity, block, head_dim]`, rotated to their offset in the block; the landmark is the last.
@@ -33,12 +34,14 @@ pub struct Blocks<'a> {
     pub first: usize,
     /// Number of blocks.
     pub len: usize,
+    /// Ordinary tokens of each block, oldest first, at least 1 and less than `block`; `None`: all are full.
+    pub lengths: Option<&'a [u32]>,
 }
 
 /// The queries of a chunk and the slots that blocks may be put into.
 #[derive(Debug, Clone, Copy)]
 pub struct SlotQueries<'a> {
-    /// Queries `[slots, batch, heads, time, head_dim]`, contiguous; entry `s` is rotated to `position - s * block`.
+    /// Queries `[slots, batch, heads, time, head_dim]`, contiguous; entry `s` is rotated to its position less the first of slot `s`.
     pub queries: &'a Tensor,
     /// The newest blocks, so many, are scored at slots `1..`, oldest first, and all older ones at slot 0; a chosen block of rank
     /// `r` is read at slot `r`, or `r + 1` if it is one of the newest. 0: every block `i` is read at slot `i`.
@@ -155,6 +158,12 @@ impl RetrievalShape {
         if blocks.len == 0 || blocks.len > capacity || blocks.first >= capacity || queries.newest > blocks.len {
             let got = format!("first {}, len {}, newest {}", blocks.first, blocks.len, queries.newest);
             return Err(Error::Param { op, name: "blocks", got, expected: "places inside the ring" });
+        }
+        if let Some(lengths) = blocks.lengths
+            && (lengths.len() != blocks.len || lengths.iter().any(|n| !(1..block).contains(&(*n as usize))))
+        {
+            let got = format!("{} lengths up to {:?}", lengths.len(), lengths.iter().max());
+            return Err(Error::Param { op, name: "lengths", got, expected: "1 to block - 1 for each block" });
         }
         if slots < queries.newest + 1 {
             return Err(shape("queries", q, format!("queries for {} slots", queries.newest + 1)));

@@ -2,18 +2,31 @@
 //!
 //! For each chunk of a text, of which `n` blocks are finished and `u` tokens of the next one read:
 //!
-//! 1. a landmark is put after every `mem_freq` tokens of the text, across the borders of chunks;
+//! 1. a landmark is put after every `mem_freq` tokens of the text, across the borders of chunks, or where the caller says;
 //! 2. the chunk starts at position `min(n, k + 1) * L + u`, whatever its place in the text (the "stingy" positions: none beyond the
 //!    training window is ever used), and the `k + 1` slots of `L` positions before it are for retrieved blocks;
 //! 3. each layer attends to the unfinished block and the chunk (the operation, in the window) and to the `k` blocks whose
 //!    landmarks score best ([`retrieval`]), and the two are joined by their log-sum-exps: exactly the grouped softmax over both;
 //! 4. blocks that the chunk finished are stored, the rest of the chunk is the new unfinished block.
+//!
+//! # Blocks of different lengths
+//!
+//! A store has places of `L` positions. A shorter block is at the end of its place: the landmark is where every landmark is, its
+//! tokens directly before it as in training, and what is before them has no weight. A slot is likewise known by where it *ends*.
+//! The newest `k` blocks stand before the unfinished one at their true distances, so the slots end where these blocks do, and the slot of older
+//! blocks ends right before them: with full blocks the slots of (2). While there are no more than `k` blocks, all are where they are in
+//! the text, and the cache is exact. An older block that is read in a slot may be longer than the one that the slot is cut for;
+//! then it overlaps the positions of the slot before. That does not matter: tokens of different blocks never share a softmax, and the
+//! landmarks, which do, keep different positions in text order. Slots of `L` positions for all would not overlap, but would put the
+//! newest blocks up to some times farther away than they are, farther than the model met them in training. No position is
+//! beyond those of full blocks.
 
 use candle_core::{DType, Device, Tensor};
 use landmark_attention::retrieval::{self, Selection, SlotQueries};
 use landmark_attention::{Attend, LandmarkParams, Landmarks, Rope, Rotation, landmark_attention_with_lse};
 
 use crate::distances::Distances;
+use crate::layout::{Layout, block_sizes};
 use crate::reads::Reads;
 use crate::store::BlockStore;
 use crate::{BlockRead, Error, Result};
@@ -27,7 +40,7 @@ pub struct CacheConfig {
     pub batch: usize,
     /// Heads of keys and values.
     pub kv_heads: usize,
-    /// Ordinary tokens of a block; a landmark follows them.
+    /// Ordinary tokens of a block, or the most of them; a landmark follows them.
     pub mem_freq: usize,
     /// The landmark's token id.
     pub landmark_id: u32,
@@ -58,6 +71,9 @@ pub struct LandmarkCache {
     layers: Vec<Layer>,
     /// Finished blocks of the text, dropped ones included.
     finished: usize,
+    /// Ordinary tokens of the cached blocks, oldest first, and of the text before them.
+    lengths: Vec<u32>,
+    dropped_tokens: usize,
     reads: Option<Reads>,
     distances: Option<Distances>,
     retrievals: Retrievals,
@@ -113,7 +129,17 @@ impl LandmarkCache {
         let layers = (0..config.layers)
             .map(|_| Ok(Layer { store: BlockStore::new(shape, config.max_blocks, dtype, device)?, unfinished: None }))
             .collect::<Result<_>>()?;
-        Ok(Self { config, rope, layers, finished: 0, reads: None, distances: None, retrievals: Retrievals::default() })
+        Ok(Self {
+            config,
+            rope,
+            layers,
+            finished: 0,
+            lengths: Vec::new(),
+            dropped_tokens: 0,
+            reads: None,
+            distances: None,
+            retrievals: Retrievals::default(),
+        })
     }
 
     /// Ordinary tokens that a chunk may have at most: the window less `k + 1` blocks.
@@ -126,7 +152,7 @@ impl LandmarkCache {
         self.config.top_k
     }
 
-    /// Finished blocks of the text so far, dropped ones included. Block `i` holds tokens `i * mem_freq ..` of the text.
+    /// Finished blocks of the text so far, dropped ones included.
     pub fn finished_blocks(&self) -> usize {
         self.finished
     }
@@ -180,6 +206,8 @@ impl LandmarkCache {
             layer.unfinished = None;
         }
         self.finished = 0;
+        self.lengths.clear();
+        self.dropped_tokens = 0;
         self.retrievals = Retrievals::default();
     }
 
@@ -194,6 +222,22 @@ impl LandmarkCache {
         tokens: &Tensor,
         model: impl FnOnce(&Tensor, &mut dyn Attend) -> candle_core::Result<Tensor>,
     ) -> Result<Tensor> {
+        let read = self.unfinished();
+        let time = tokens.dims().last().copied().unwrap_or(0);
+        let follows: Vec<bool> = (1..=time).map(|i| (read + i).is_multiple_of(self.config.mem_freq)).collect();
+        self.forward_with_landmarks(tokens, &follows, model)
+    }
+
+    /// As [`Self::forward`], with a landmark after token `i`, in all rows, where `follows[i]` says so.
+    ///
+    /// # Errors
+    /// Those of [`Self::forward`]; not one `follows` for each token; a block of more than `mem_freq` ordinary tokens.
+    pub fn forward_with_landmarks(
+        &mut self,
+        tokens: &Tensor,
+        follows: &[bool],
+        model: impl FnOnce(&Tensor, &mut dyn Attend) -> candle_core::Result<Tensor>,
+    ) -> Result<Tensor> {
         let CacheConfig { batch, mem_freq, top_k, layers, .. } = self.config;
         let time = match tokens.dims() {
             &[b, time] if b == batch && (1..=self.max_chunk()).contains(&time) => time,
@@ -202,32 +246,46 @@ impl LandmarkCache {
                 return Err(Error::Chunk { got: other.to_vec(), expected });
             }
         };
-        let block = mem_freq + 1;
-        let unfinished = self.layers[0].unfinished.as_ref().map_or(0, |(k, _)| k.dims()[2]);
-        // Token i of the chunk is token unfinished + i of the text since the last landmark.
-        let gap = |i: usize| (unfinished + i) / mem_freq;
-        let length = time + gap(time);
-        let ordinary = (0..time).map(|i| (i + gap(i)) as u32);
-        let ordinary = Tensor::from_iter(ordinary, tokens.device())?;
+        let (block, unfinished) = (mem_freq + 1, self.unfinished());
+        let sizes = block_sizes(follows, time, unfinished, mem_freq)?;
+        let length = time + sizes.len();
+        // The chunk's tokens with its landmarks.
+        let before = follows.iter().scan(0, |landmarks, &follows| {
+            let before = *landmarks;
+            *landmarks += u32::from(follows);
+            Some(before)
+        });
+        let ordinary =
+            Tensor::from_iter((0..).zip(before).map(|(i, landmarks): (u32, u32)| i + landmarks), tokens.device())?;
         let landmarks = Tensor::full(self.config.landmark_id, (batch, length), tokens.device())?;
         let places = ordinary.unsqueeze(0)?.broadcast_as((batch, time))?.contiguous()?;
         let ids = landmarks.scatter(&places, &tokens.contiguous()?, 1)?;
 
-        let start = (self.finished.min(top_k + 1) * block + unfinished) as i64;
-        let newest = if self.finished > top_k { top_k } else { 0 };
-        let slots = if self.finished > top_k { top_k + 1 } else { self.finished };
+        // How far the chunk begins after the first position of each slot, newest first.
+        let mut distance = (block + unfinished) as i64;
+        let mut distances = Vec::with_capacity(top_k + 1);
+        for &length in self.lengths.iter().rev().take(top_k) {
+            distances.push(distance);
+            distance += i64::from(length) + 1;
+        }
+        let has_older = self.finished > top_k;
+        if has_older && top_k > 0 {
+            distances.push(distance);
+        }
+        let start = distance - if has_older { 0 } else { block as i64 };
         let at = |from: i64, n: usize| self.rope.at(&(from..from + n as i64).collect::<Vec<_>>());
-        let n_finished = (unfinished + length) / block;
-        let offsets: Vec<i64> = (0..n_finished * block).map(|i| (i % block) as i64).collect();
+        let offsets: Vec<i64> = (0..sizes.len() * block).map(|i| (i % block) as i64).collect();
+        let is_short = |n: &u32| (*n as usize) < mem_freq;
         let mut chunk = Chunk {
             q: at(start, length),
             k: at(start - unfinished as i64, unfinished + length),
             offsets: self.rope.at(&offsets),
-            slots: (0..if top_k == 0 { 0 } else { slots }).map(|s| at(start - (s * block) as i64, length)).collect(),
+            slots: distances.into_iter().rev().map(|distance| at(distance, length)).collect(),
             miss: self.rope.at(&[-1]),
-            newest,
             unfinished,
-            n_finished,
+            newest: if has_older { top_k } else { 0 },
+            are_short: self.lengths.iter().any(is_short),
+            layout: Layout::new(&sizes, batch, unfinished + length, mem_freq, tokens.device())?,
             pending: Vec::with_capacity(layers),
             retrievals: Retrievals::default(),
             cache: self,
@@ -243,10 +301,18 @@ impl LandmarkCache {
             }
             layer.unfinished = unfinished;
         }
-        self.finished += n_finished;
+        self.finished += sizes.len();
+        self.lengths.extend(sizes);
+        let surplus = self.lengths.len() - self.cached_blocks();
+        self.dropped_tokens += self.lengths.drain(..surplus).map(|n| n as usize).sum::<usize>();
         self.retrievals.done += retrievals.done;
         self.retrievals.skipped += retrievals.skipped;
         Ok(out.index_select(&ordinary, 1)?)
+    }
+
+    /// Tokens of the unfinished block.
+    fn unfinished(&self) -> usize {
+        self.layers[0].unfinished.as_ref().map_or(0, |(k, _)| k.dims()[2])
     }
 }
 
@@ -271,7 +337,9 @@ struct Chunk<'a> {
     newest: usize,
     /// Tokens of the unfinished block before the chunk.
     unfinished: usize,
-    n_finished: usize,
+    /// Whether some cached blocks are shorter than their place.
+    are_short: bool,
+    layout: Layout,
     pending: Vec<Pending>,
     retrievals: Retrievals,
 }
@@ -286,13 +354,12 @@ impl Chunk<'_> {
         v: &Tensor,
         miss: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let block = self.cache.config.mem_freq + 1;
         let (k, v) = match &self.cache.layers[layer].unfinished {
             Some((old_k, old_v)) => (Tensor::cat(&[old_k, k], 2)?, Tensor::cat(&[old_v, v], 2)?),
             None => (k.contiguous()?, v.contiguous()?),
         };
         let rotated_q = self.q.apply(q)?;
-        let params = LandmarkParams::new(Landmarks::Every(block));
+        let params = LandmarkParams::new(self.layout.landmarks.clone());
         let local = landmark_attention_with_lse(&rotated_q, &self.k.apply(&k)?, &v, &params)?;
         let out = match miss {
             None => self.join_blocks(layer, q, local)?,
@@ -322,7 +389,7 @@ impl Chunk<'_> {
         let CacheConfig { top_k, selection, .. } = self.cache.config;
         let scale = 1. / (q_slots.dims()[4] as f64).sqrt();
         let queries = SlotQueries { queries: q_slots, newest: self.newest, scale };
-        let blocks = self.cache.layers[layer].store.blocks();
+        let blocks = self.cache.layers[layer].store.blocks(self.are_short.then_some(&self.cache.lengths));
         let chosen = retrieval::select(queries, blocks, top_k, selection)?;
         let retrieved = retrieval::attend(queries, blocks, &chosen)?;
         self.retrievals.done += q_slots.dims()[3];
@@ -330,8 +397,8 @@ impl Chunk<'_> {
         if let Some(distances) = &mut self.cache.distances {
             let oldest = self.cache.finished - store.len();
             let block_of = |i: usize| {
-                let place = self.unfinished + tokens.map_or(i, |tokens| tokens[i] as usize);
-                self.cache.finished + place / (self.cache.config.mem_freq + 1)
+                let row = self.unfinished + tokens.map_or(i, |tokens| tokens[i] as usize);
+                self.cache.finished + self.layout.landmark_rows.partition_point(|&landmark| (landmark as usize) < row)
             };
             distances.add(&chosen, |i| block_of(i) - oldest)?;
         }
@@ -340,8 +407,14 @@ impl Chunk<'_> {
 
     fn trace(&mut self, retrieved: &retrieval::Retrieved, chosen: &Tensor, lse: &Tensor) -> Result<()> {
         let oldest = self.cache.finished - self.cache.layers[0].store.len();
-        if let Some(reads) = &mut self.cache.reads {
-            reads.add(retrieved, chosen, lse, oldest)?;
+        let LandmarkCache { reads, lengths, dropped_tokens, .. } = &mut *self.cache;
+        if let Some(reads) = reads {
+            let ends = lengths.iter().scan(*dropped_tokens, |end, &n| {
+                *end += n as usize;
+                Some(*end)
+            });
+            let starts: Vec<usize> = std::iter::once(*dropped_tokens).chain(ends).collect();
+            reads.add(retrieved, chosen, lse, oldest, &starts)?;
         }
         Ok(())
     }
@@ -399,17 +472,21 @@ impl Chunk<'_> {
     /// Splits keys (before rotation) and values `[batch, kv_heads, time, head_dim]` into finished blocks and the rest.
     fn finish(&self, k: &Tensor, v: &Tensor) -> Result<Pending> {
         let (batch, kv_heads, time, head_dim) = k.dims4()?;
-        let block = self.cache.config.mem_freq + 1;
-        let full = self.n_finished * block;
-        let blocks = (batch, kv_heads, self.n_finished, block, head_dim);
-        let finished = if full == 0 {
+        let &Layout { ref landmark_rows, rows, ref stored, .. } = &self.layout;
+        let blocks = landmark_rows.len();
+        let shape = (batch, kv_heads, blocks, self.cache.config.mem_freq + 1, head_dim);
+        let finished = |x: &Tensor| match stored {
+            None => x.narrow(2, 0, rows),
+            Some(stored) => x.index_select(stored, 2),
+        };
+        let finished = if blocks == 0 {
             None
         } else {
-            let keys = self.offsets.apply(&k.narrow(2, 0, full)?)?.reshape(blocks)?;
-            Some((keys, v.narrow(2, 0, full)?.contiguous()?.reshape(blocks)?))
+            let keys = self.offsets.apply(&finished(k)?)?.reshape(shape)?;
+            Some((keys, finished(v)?.contiguous()?.reshape(shape)?))
         };
-        let rest = |x: &Tensor| x.narrow(2, full, time - full)?.contiguous();
-        let unfinished = if time == full { None } else { Some((rest(k)?, rest(v)?)) };
+        let rest = |x: &Tensor| x.narrow(2, rows, time - rows)?.contiguous();
+        let unfinished = if time == rows { None } else { Some((rest(k)?, rest(v)?)) };
         Ok(Pending { finished, unfinished })
     }
 }

@@ -21,6 +21,14 @@ pub enum Error {
         /// What it should have been.
         expected: String,
     },
+    /// Landmarks do not cut a chunk into blocks that the cache can hold.
+    #[error("landmark cache: {got}, expected {expected}")]
+    Landmarks {
+        /// What is wrong.
+        got: String,
+        /// What it should have been.
+        expected: String,
+    },
     /// A model did not ask for the attention of each layer once, in order.
     #[error("landmark cache: the model asked for attention of layer {got}, expected layer {expected} of {layers}")]
     Layer {

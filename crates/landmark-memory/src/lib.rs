@@ -9,6 +9,7 @@
 mod cache;
 mod distances;
 mod error;
+mod layout;
 mod reads;
 mod store;
 mod xl;

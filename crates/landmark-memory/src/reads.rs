@@ -1,13 +1,18 @@
 //! Which blocks were read, and how much they weighed.
 
+use std::collections::HashMap;
+use std::ops::Range;
+
 use candle_core::{DType, Tensor};
 use landmark_attention::retrieval::Retrieved;
 
 /// How much attention a block got.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct BlockRead {
     /// The block, counted from the beginning of the text.
     pub block: usize,
+    /// The text's tokens that it holds.
+    pub tokens: Range<usize>,
     /// Its share of a token's attention, averaged over the tokens, heads and layers that were traced.
     pub weight: f64,
 }
@@ -15,20 +20,21 @@ pub struct BlockRead {
 /// Weights of blocks summed over layers, heads and tokens, for each row of the batch.
 #[derive(Debug, Default)]
 pub struct Reads {
-    rows: Vec<std::collections::HashMap<usize, f64>>,
+    rows: Vec<HashMap<usize, (Range<usize>, f64)>>,
     /// Layers, heads and tokens that went into each row.
     attentions: usize,
 }
 
 impl Reads {
-    /// Adds what queries read: `chosen` u32 `[batch, heads, time, k]` counts from block `oldest`, and `lse` `[batch, heads, time]` is
-    /// that of the whole attention.
+    /// Adds what queries read: `chosen` u32 `[batch, heads, time, k]` counts from block `oldest`, whose tokens and those of the blocks
+    /// after it begin at `starts`; `lse` `[batch, heads, time]` is that of the whole attention.
     pub fn add(
         &mut self,
         retrieved: &Retrieved,
         chosen: &Tensor,
         lse: &Tensor,
         oldest: usize,
+        starts: &[usize],
     ) -> candle_core::Result<()> {
         let (batch, heads, time, _) = chosen.dims4()?;
         let shares = retrieved.scores.broadcast_sub(&lse.unsqueeze(3)?)?.exp()?.to_dtype(DType::F64)?;
@@ -36,7 +42,9 @@ impl Reads {
         for (b, row) in self.rows.iter_mut().enumerate() {
             let (chosen, shares) = (chosen.get(b)?.flatten_all()?, shares.get(b)?.flatten_all()?);
             for (block, share) in chosen.to_vec1::<u32>()?.into_iter().zip(shares.to_vec1::<f64>()?) {
-                *row.entry(oldest + block as usize).or_default() += share;
+                let block = block as usize;
+                let read = row.entry(oldest + block).or_insert_with(|| (starts[block]..starts[block + 1], 0.));
+                read.1 += share;
             }
         }
         self.attentions += heads * time;
@@ -46,7 +54,10 @@ impl Reads {
     /// The blocks that row `b` read, the most read first.
     pub fn ranked(&self, b: usize) -> Vec<BlockRead> {
         let mut reads: Vec<BlockRead> = self.rows.get(b).map_or(vec![], |row| {
-            row.iter().map(|(&block, &sum)| BlockRead { block, weight: sum / self.attentions as f64 }).collect()
+            let weight = |sum: f64| sum / self.attentions as f64;
+            row.iter()
+                .map(|(&block, (tokens, sum))| BlockRead { block, tokens: tokens.clone(), weight: weight(*sum) })
+                .collect()
         });
         reads.sort_by(|a, b| b.weight.total_cmp(&a.weight).then(a.block.cmp(&b.block)));
         reads

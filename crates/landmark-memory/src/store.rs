@@ -50,10 +50,10 @@ impl BlockStore {
         [&self.keys, &self.values, &self.landmarks].iter().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
     }
 
-    /// The blocks, as retrieval reads them.
-    pub fn blocks(&self) -> Blocks<'_> {
+    /// The blocks, as retrieval reads them; `lengths` as it expects them.
+    pub fn blocks<'a>(&'a self, lengths: Option<&'a [u32]>) -> Blocks<'a> {
         let Self { keys, values, landmarks, first, len, .. } = self;
-        Blocks { keys, values, landmarks, first: *first, len: *len }
+        Blocks { keys, values, landmarks, first: *first, len: *len, lengths }
     }
 
     /// Appends blocks `[batch, kv_heads, n, block, head_dim]`, the oldest first; drops the oldest over the limit.
@@ -123,7 +123,7 @@ mod tests {
                 let keys = Tensor::from_vec(ids, (1, 1, n, 1, 1), &Device::Cpu).unwrap().broadcast_as((2, 1, n, 3, 2)).unwrap();
                 store.append(&keys, &(&keys * -1.).unwrap()).unwrap();
                 let kept = &list[list.len().saturating_sub(max.unwrap_or(usize::MAX))..];
-                let blocks = store.blocks();
+                let blocks = store.blocks(None);
                 prop_assert_eq!(blocks.len, kept.len());
                 for (i, &id) in kept.iter().enumerate() {
                     let place = (blocks.first + i) % blocks.keys.dims()[2];

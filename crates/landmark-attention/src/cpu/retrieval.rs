@@ -26,6 +26,7 @@ struct Operands<'a, T> {
     landmarks: &'a [T],
     first: usize,
     len: usize,
+    lengths: Option<&'a [u32]>,
     newest: usize,
     /// `scale * log2(e)`.
     scale: f64,
@@ -47,10 +48,16 @@ impl<'a, T: Real> Operands<'a, T> {
         (self.first + block) % self.shape.capacity
     }
 
-    /// Keys or values of a block, `[block, head_dim]`.
+    /// Ordinary tokens of a block and its landmark.
+    fn size(&self, block: usize) -> usize {
+        self.lengths.map_or(self.shape.block, |lengths| lengths[block] as usize + 1)
+    }
+
+    /// Keys or values of a block, `[size, head_dim]`: what is before them in its place is left out.
     fn block(&self, of: &'a [T], bh: usize, block: usize) -> &'a [T] {
-        let size = self.shape.block * self.shape.head_dim;
-        &of[(self.kv(bh) * self.shape.capacity + self.place(block)) * size..][..size]
+        let full = self.shape.block * self.shape.head_dim;
+        let unused = full - self.size(block) * self.shape.head_dim;
+        &of[(self.kv(bh) * self.shape.capacity + self.place(block)) * full..][unused..full]
     }
 
     /// Base-2 scores of blocks for queries `from..from + n` of head `bh`: calls `visit(block, scores of n queries)` for all
@@ -324,7 +331,7 @@ impl<S: Simd, T: Real> WithSimd for AttendHead<'_, '_, S, T> {
     fn with_simd<S2: Simd>(self, _: S2) {
         let Self { s, all, bh, out, lse, scores } = self;
         let (operands, k) = (&all.operands, all.k);
-        let &RetrievalShape { time, head_dim: d, block: size, .. } = operands.shape;
+        let &RetrievalShape { time, head_dim: d, .. } = operands.shape;
         let lanes = T::lanes::<S>();
         // Readings of a block lie side by side: (block, query, rank).
         let chosen = &all.chosen[bh * time * k..][..time * k];
@@ -336,6 +343,7 @@ impl<S: Simd, T: Real> WithSimd for AttendHead<'_, '_, S, T> {
         for group in readings.chunk_by(|&a, &b| chosen[a as usize] == chosen[b as usize]) {
             let block = chosen[group[0] as usize] as usize;
             let is_newest = block >= operands.len - operands.newest;
+            let size = operands.size(block);
             let (keys, values) = (operands.block(operands.keys, bh, block), operands.block(operands.values, bh, block));
             for group in group.chunks(QUERIES_PER_TILE) {
                 let nv = group.len().div_ceil(lanes);
@@ -441,6 +449,7 @@ fn with_operands<T: Real + WithDType, R>(
         landmarks: slices[3],
         first: blocks.first,
         len: blocks.len,
+        lengths: blocks.lengths,
         newest: queries.newest,
         scale: queries.scale * std::f64::consts::LOG2_E,
     }))
