@@ -3,8 +3,8 @@
 use crate::error::{Error, Result};
 use crate::process::Process;
 use crate::settings::Settings;
-use landmark_data::{Batches, DataFolder, Landmarks, Stream, Tokenizer, Tokens};
-use landmark_models::gpt::GptConfig;
+use landmark_data::{Batches, Border, BorderRule, DataFolder, Landmarks, Stream, Tokenizer, Tokens};
+use landmark_models::gpt::{GptConfig, Placement};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -104,8 +104,17 @@ impl Corpus {
             Process::TransformerXl { .. } => "total_sequence_length",
         };
         let end_of_text = self.vocabulary(Some(settings.model.vocab_size))?.end_of_text;
+        let rule = match (settings.model.landmarks, mem_freq, &self.tokenizer) {
+            (Placement::Regular, ..) | (_, None, _) => None,
+            (_, Some(mem_freq), Some(tokenizer)) => border_rule(&settings.model, tokenizer, mem_freq)?,
+            (_, Some(_), None) => {
+                let message =
+                    "borders are found in text, and the data have no tokenizer.json: name it with --tokenizer";
+                return Err(Error::setting("landmarks", message));
+            }
+        };
         let batches = |name: &str, tokens: Tokens| -> Result<Batches> {
-            let landmarks = landmarks(name, &tokens, landmark_id, mem_freq)?;
+            let landmarks = landmarks(name, &tokens, landmark_id, mem_freq, rule.clone())?;
             let stream = Stream::new(tokens, landmarks)?;
             Batches::new(stream, settings.batch_size, row_length, end_of_text).map_err(|error| match error {
                 error @ landmark_data::Error::TooShort { .. } => {
@@ -122,19 +131,41 @@ impl Corpus {
     }
 }
 
+/// The borders that the landmarks of a model with this configuration are put at, with at most `mem_freq` tokens in a block; `None` if they are
+/// at regular places.
+pub fn border_rule(model: &GptConfig, tokenizer: &Tokenizer, mem_freq: usize) -> Result<Option<BorderRule>> {
+    let border = match model.landmarks {
+        Placement::Regular => return Ok(None),
+        Placement::Sentence => Border::Sentence,
+        Placement::Paragraph => Border::Paragraph,
+        Placement::Line => Border::Line,
+        Placement::Code => Border::Code,
+    };
+    Ok(Some(BorderRule::new(border, tokenizer, narrow(mem_freq)?)?))
+}
+
+fn narrow(mem_freq: usize) -> Result<u32> {
+    u32::try_from(mem_freq).map_err(|_| Error::setting("mem_freq", "does not fit 32 bits"))
+}
+
 /// Where landmarks come from: the reference's own training files have them already.
-fn landmarks(name: &str, tokens: &Tokens, id: u32, mem_freq: Option<usize>) -> Result<Landmarks> {
-    let too_large = |_| Error::setting("mem_freq", "does not fit 32 bits");
-    let mem_freq = mem_freq.map(u32::try_from).transpose().map_err(too_large)?;
+fn landmarks(
+    name: &str,
+    tokens: &Tokens,
+    id: u32,
+    mem_freq: Option<usize>,
+    rule: Option<BorderRule>,
+) -> Result<Landmarks> {
     // No other block of theirs is longer than this.
     const FIRST: u64 = 1 << 16;
     let first = (0..FIRST.min(tokens.len())).position(|index| tokens.get(index) == Some(id));
-    match (first, mem_freq) {
-        (None, None) => Ok(Landmarks::None),
-        (None, Some(mem_freq)) => Ok(Landmarks::Insert { id, mem_freq }),
-        (Some(first), Some(mem_freq)) if first == mem_freq as usize => Ok(Landmarks::Present { id }),
-        (Some(first), _) => Err(Error::setting(
-            "mem_freq",
+    match (first, rule, mem_freq) {
+        (None, Some(rule), _) => Ok(Landmarks::AtBorders { id, rule }),
+        (None, None, None) => Ok(Landmarks::None),
+        (None, None, Some(mem_freq)) => Ok(Landmarks::Insert { id, mem_freq: narrow(mem_freq)? }),
+        (Some(first), None, Some(mem_freq)) if first == mem_freq => Ok(Landmarks::Present { id }),
+        (Some(first), rule, _) => Err(Error::setting(
+            if rule.is_some() { "landmarks" } else { "mem_freq" },
             format!("the {name} data has landmarks already, the first after {first} tokens"),
         )),
     }
@@ -170,16 +201,20 @@ mod tests {
         assert!(corpus(vec![], None).vocabulary(Some(50260)).is_err());
     }
 
+    fn batches_of(corpus: Corpus, mem_freq: Option<usize>, landmarks: Placement) -> Result<Data> {
+        let sizes = GptConfig { vocab_size: 258, landmark_id: 257, sequence_length: 8, ..GptConfig::default() };
+        let model = GptConfig { mem_freq, landmarks, ..sizes };
+        corpus.batches(&Settings { batch_size: 1, ..Settings::of(model) })
+    }
+
     #[test]
     fn landmarks_that_are_there_are_not_inserted_again() {
         let tokens: Vec<u32> = (0..50).map(|i| if i % 5 == 4 { 257 } else { 7 }).collect();
         let batches = |tokens: &[u32], mem_freq| {
-            let corpus = corpus(tokens.to_vec(), Some(Tokenizer::bytes()));
-            let model =
-                GptConfig { vocab_size: 258, landmark_id: 257, sequence_length: 8, mem_freq, ..GptConfig::default() };
-            corpus.batches(&Settings { batch_size: 1, ..Settings::of(model) })
+            batches_of(corpus(tokens.to_vec(), Some(Tokenizer::bytes())), mem_freq, Placement::Regular)
         };
-        let landmarks = |tokens: &[u32], mem_freq| batches(tokens, mem_freq).unwrap().train.stream().landmarks();
+        let landmarks =
+            |tokens: &[u32], mem_freq| batches(tokens, mem_freq).unwrap().train.stream().landmarks().clone();
         assert_eq!(landmarks(&tokens, Some(4)), Landmarks::Present { id: 257 });
         assert_eq!(landmarks(&[7; 50], None), Landmarks::None);
         assert_eq!(landmarks(&[7; 50], Some(4)), Landmarks::Insert { id: 257, mem_freq: 4 });
@@ -187,5 +222,22 @@ mod tests {
         assert!(batches(&tokens, None).is_err());
         let short = batches(&[7; 5], None).err().unwrap().to_string();
         assert!(short.starts_with("--sequence_length: 8 is too long for the training data"), "{short}");
+    }
+
+    #[test]
+    fn landmarks_at_borders_need_the_text() {
+        let text = "A line.\nAnother one.\n".repeat(9);
+        let tokens = Tokenizer::bytes().encode(&text).unwrap();
+        let data = batches_of(corpus(tokens.clone(), Some(Tokenizer::bytes())), Some(20), Placement::Line).unwrap();
+        let stream = data.train.stream();
+        assert_eq!(stream.len(), text.len() as u64 + 18);
+        assert_eq!((stream.get(8), stream.get(22)), (Some(257), Some(257)));
+        let twice = corpus([&[257], &tokens[..]].concat(), Some(Tokenizer::bytes()));
+        let twice = batches_of(twice, Some(20), Placement::Line).err().unwrap().to_string();
+        assert!(twice.starts_with("--landmarks: the training data has landmarks already"), "{twice}");
+        let model = GptConfig { landmarks: Placement::Line, sequence_length: 8, ..GptConfig::default() };
+        let unknown = corpus(tokens, None).batches(&Settings { batch_size: 1, ..Settings::of(model) });
+        let unknown = unknown.err().unwrap().to_string();
+        assert!(unknown.starts_with("--landmarks: borders are found in text"), "{unknown}");
     }
 }

@@ -57,7 +57,7 @@ mod settings;
 mod trainer;
 mod update;
 
-pub use data::{Corpus, Data, Vocabulary};
+pub use data::{Corpus, Data, Vocabulary, border_rule};
 pub use error::{Error, Result};
 pub use experiment::{History, is_finished};
 pub use optimizer::{Gradients, Method, Optimizer};

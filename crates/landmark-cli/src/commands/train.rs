@@ -10,7 +10,7 @@ use candle_core::Device;
 use clap::Parser;
 use flags::{Dtype, Flags, Model, Opt, OptimizationProcess, Scheduler, text};
 use landmark_data::Tokenizer;
-use landmark_models::gpt::{GptConfig, PositionalEncoder, SoftmaxFunc, Variant};
+use landmark_models::gpt::{GptConfig, Placement, PositionalEncoder, SoftmaxFunc, Variant};
 use landmark_train::{Anneal, Corpus, Data, Limits, Method, Outcome, Process, Settings, Vocabulary};
 use progress::Progress;
 use std::path::{Component, Path, PathBuf};
@@ -162,6 +162,13 @@ fn settings(flags: &Flags, vocabulary: &Vocabulary) -> Settings {
         n_layer: flags.n_layer,
         sequence_length: flags.sequence_length,
         mem_freq: flags.mem_freq,
+        landmarks: match flags.landmarks {
+            flags::Landmarks::Regular => Placement::Regular,
+            flags::Landmarks::Sentence => Placement::Sentence,
+            flags::Landmarks::Paragraph => Placement::Paragraph,
+            flags::Landmarks::Line => Placement::Line,
+            flags::Landmarks::Code => Placement::Code,
+        },
         dropout: flags.dropout,
         group_dropout: flags.group_dropout,
         bias: flags.bias,
@@ -241,6 +248,12 @@ fn notes(flags: &Flags, plan: &Plan) -> Vec<String> {
     let train = plan.data.train.stream().len();
     let validation = plan.data.validation.as_ref().map_or(0, |batches| batches.stream().len());
     notes.push(format!("{train} training tokens and {validation} validation tokens, landmarks included"));
+    if flags.landmarks != flags::Landmarks::Regular {
+        let stream = plan.data.train.stream();
+        let landmarks = stream.len() - stream.tokens().len();
+        let mean = stream.tokens().len() as f64 / landmarks.max(1) as f64;
+        notes.push(format!("--landmarks {}: {landmarks} blocks of {mean:.1} tokens on average", text(flags.landmarks)));
+    }
     if plan.data.validation.is_none() {
         notes.push("there are no validation data: nothing will be evaluated".into());
     }

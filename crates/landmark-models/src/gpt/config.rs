@@ -46,6 +46,23 @@ pub enum PositionalEncoder {
     RotaryMemJump,
 }
 
+/// Where the landmarks of the training data are, and where those of a text are that is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Placement {
+    /// After every `mem_freq` tokens.
+    #[default]
+    Regular,
+    /// At the ends of sentences, and after `mem_freq` tokens at the latest; so are the others.
+    Sentence,
+    /// After empty lines.
+    Paragraph,
+    /// At line ends.
+    Line,
+    /// After items of a program.
+    Code,
+}
+
 /// A GPT: sizes, kind of attention, and what is random in training. All fields without an `Option` are required in JSON.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -68,8 +85,11 @@ pub struct GptConfig {
     pub positional_encoder: PositionalEncoder,
     /// With `rotary_mem_jump`: the position after a landmark is ahead by a random `0..n` (training only).
     pub pos_jump_on_mem: Option<u64>,
-    /// Ordinary tokens between landmarks in the training data; none for a model that was trained without.
+    /// Ordinary tokens between landmarks in the training data, or the most of them; none for a model that was trained without.
     pub mem_freq: Option<usize>,
+    /// Where the landmarks are.
+    #[serde(default)]
+    pub landmarks: Placement,
     /// The landmark's token id.
     pub landmark_id: u32,
     /// Probability that training drops an attention weight, or an element of a layer's output.
@@ -100,6 +120,7 @@ impl Default for GptConfig {
             positional_encoder: PositionalEncoder::Rotary,
             pos_jump_on_mem: None,
             mem_freq: Some(50),
+            landmarks: Placement::Regular,
             landmark_id: 50_260,
             dropout: 0.,
             group_dropout: None,
@@ -146,6 +167,11 @@ impl GptConfig {
         if self.mem_freq == Some(0) {
             return wrong("mem_freq", "0".into(), "at least 1");
         }
+        if self.landmarks != Placement::Regular && self.mem_freq.is_none() {
+            let expected =
+                "regular, since there are no landmarks without mem_freq, which is the most tokens of a block";
+            return wrong("landmarks", format!("{:?}", self.landmarks), expected);
+        }
         if self.pos_jump_on_mem.is_some_and(|n| n > 1 << 32) {
             return wrong("pos_jump_on_mem", format!("{:?}", self.pos_jump_on_mem), "at most 2^32");
         }
@@ -186,7 +212,7 @@ mod tests {
         let config = GptConfig::default();
         let mut json = serde_json::to_value(&config).unwrap();
         assert_eq!(json["model"], "landmark");
-        assert_eq!(json["softmax_func"], "mem_opt");
+        assert_eq!((&json["softmax_func"], &json["landmarks"]), (&"mem_opt".into(), &"regular".into()));
         assert_eq!(serde_json::from_value::<GptConfig>(json.clone()).unwrap(), config);
         json["model"] = "base".into();
         json["softmax_func"] = "mem".into();
@@ -195,6 +221,11 @@ mod tests {
         for (variant, name) in [(SoftmaxFunc::NoMem, "nomem"), (SoftmaxFunc::IgnoreMem, "ignore_mem")] {
             assert_eq!(serde_json::to_value(variant).unwrap(), name);
         }
+        json["landmarks"] = "sentence".into();
+        assert_eq!(serde_json::from_value::<GptConfig>(json.clone()).unwrap().landmarks, Placement::Sentence);
+        // Checkpoints from before there was a choice.
+        json.as_object_mut().unwrap().remove("landmarks");
+        assert_eq!(serde_json::from_value::<GptConfig>(json.clone()).unwrap().landmarks, Placement::Regular);
         json["n_heads"] = 3.into();
         assert!(serde_json::from_value::<GptConfig>(json).unwrap_err().to_string().contains("n_heads"));
     }
@@ -202,11 +233,12 @@ mod tests {
     #[test]
     fn validate_names_the_field() {
         type Change = fn(&mut GptConfig);
-        let cases: [(&str, Change); 11] = [
+        let cases: [(&str, Change); 12] = [
             ("vocab_size", |c| c.vocab_size = 0),
             ("n_embd", |c| c.n_embd = 1000),
             ("landmark_id", |c| c.landmark_id = 50_304),
             ("mem_freq", |c| c.mem_freq = Some(0)),
+            ("landmarks", |c| (c.mem_freq, c.landmarks) = (None, Placement::Line)),
             ("pos_jump_on_mem", |c| c.pos_jump_on_mem = Some(10)),
             ("dropout", |c| c.dropout = 1.),
             ("dropout", |c| c.dropout = f64::NAN),

@@ -7,5 +7,5 @@ mod model;
 mod parameters;
 
 pub use attention::WindowAttention;
-pub use config::{GptConfig, PositionalEncoder, SoftmaxFunc, Variant};
+pub use config::{GptConfig, Placement, PositionalEncoder, SoftmaxFunc, Variant};
 pub use model::Gpt;

@@ -87,6 +87,26 @@ pub enum PositionalEncoder {
     RotaryMemJump,
 }
 
+/// `--landmarks`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Landmarks {
+    /// After every --mem_freq tokens
+    #[value(name = "regular")]
+    Regular,
+    /// At the ends of sentences
+    #[value(name = "sentence")]
+    Sentence,
+    /// After empty lines
+    #[value(name = "paragraph")]
+    Paragraph,
+    /// At line ends
+    #[value(name = "line")]
+    Line,
+    /// After empty lines and closing brackets at the left margin, of long blocks at any line end
+    #[value(name = "code")]
+    Code,
+}
+
 /// `--optimization_process`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OptimizationProcess {
@@ -205,6 +225,9 @@ pub struct Flags {
     /// A landmark after every so many tokens, or None
     #[arg(long, value_name = "N", value_parser = none_or::<usize>, default_value = "50", help_heading = "Data")]
     pub mem_freq: NoneOr<usize>,
+    /// Where the landmarks are. At borders of the text, --mem_freq is the most tokens of a block, a quarter of it the least
+    #[arg(long, value_enum, default_value_t = Landmarks::Regular, help_heading = "Data")]
+    pub landmarks: Landmarks,
 
     /// The kind of model
     #[arg(long, value_enum, default_value_t = Model::BaseRotary, help_heading = "Model")]

@@ -63,6 +63,7 @@ fn settings(flags: &Flags) -> Vec<(&'static str, String)> {
         ("pos_jump_on_mem", none_or(flags.pos_jump_on_mem)),
         ("total_sequence_length", none_or(flags.total_sequence_length)),
         ("grad_clip", none_or(flags.grad_clip.map(float))),
+        ("landmarks", text(flags.landmarks)),
     ];
     settings.map(|(key, value)| (key, sane(&value))).into()
 }
