@@ -73,7 +73,7 @@ pub fn most_read(reader: &Reader, tokens: &[u32], count: usize) -> anyhow::Resul
     let total = grouped(reader.blocks());
     let mut text = format!("The blocks that it read most, of {total}, and their share of its attention:\n");
     for read in reads.iter().take(count) {
-        let range = reader.block_tokens(read.block);
+        let range = &read.tokens;
         let words = tokens.get(range.clone()).map_or(Ok(String::new()), |tokens| reader.tokenizer().decode(tokens))?;
         let (block, first, last) = (grouped(read.block), grouped(range.start), grouped(range.end - 1));
         writeln!(text, "{:5.1}%  block {block}, tokens {first} to {last}", 100. * read.weight)?;

@@ -95,7 +95,9 @@ fn one(checkpoint: &Path, args: &Args) -> anyhow::Result<ExitCode> {
     };
     text.check_model(&model.gpt, model.tokenizer.as_ref())?;
     let whole = text.split.is_none().then(|| text.targets());
-    let reading = Reading::resolve(&args.cache, args.use_cache, args.text.eval_seq_length, whole, &model.gpt)?;
+    let tokenizer = model.tokenizer.as_ref();
+    let length = args.text.eval_seq_length;
+    let reading = Reading::resolve(&args.cache, args.use_cache, length, whole, &model.gpt, tokenizer)?;
     if args.results.plot_distances.is_some() && reading.setting.cache_topk.unwrap_or(0) == 0 {
         bail!("--plot_distances is refused: no blocks are read; add --use_cache, with --cache_topk of at least 1");
     }

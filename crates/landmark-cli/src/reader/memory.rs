@@ -3,100 +3,200 @@
 use super::flags::{CacheFlags, LmCache};
 use anyhow::Context;
 use candle_core::{Device, Tensor};
+use landmark_data::{Placer, TOKENIZER_FILE, Tokenizer};
 use landmark_memory::{CacheConfig, ContextMiss, LandmarkCache, XlCache};
-use landmark_models::gpt::{Gpt, GptConfig, Variant, WindowAttention};
+use landmark_models::gpt::{Gpt, GptConfig, Placement, Variant, WindowAttention};
 
 /// The memory of some texts that are read side by side.
-pub enum Memory {
-    /// Blocks, of which each token fetches a few, and the ordinary tokens of a block.
-    Landmarks(LandmarkCache, usize),
-    /// Transformer-XL's cache of the last tokens, and how many tokens of each text there were.
-    Keys(XlCache, usize),
-    /// The last tokens themselves, and how many tokens of each text there were before them.
-    Window(Vec<Vec<u32>>, usize),
+pub struct Memory {
+    /// One for all texts whose landmarks are at the same places: regular ones. At borders each text has a part of its own.
+    parts: Vec<Part>,
+}
+
+/// The memory of texts with the same places.
+struct Part {
+    texts: usize,
+    kind: Kind,
+    /// Puts the landmarks into the texts; `None` for a model that was trained without any in its data.
+    placer: Option<Placer>,
+}
+
+enum Kind {
+    /// Blocks, of which each token fetches a few.
+    Landmarks(LandmarkCache),
+    /// Transformer-XL's cache of the last tokens.
+    Keys(XlCache),
+    /// The last tokens themselves; the placer is at the first of them.
+    Window(Vec<Vec<u32>>),
 }
 
 impl Memory {
-    /// The memory of `texts` texts that the flags ask for, and the tokens of a chunk.
-    pub fn new(flags: &CacheFlags, model: &Gpt, texts: usize) -> anyhow::Result<(Self, usize)> {
+    /// The memory of `texts` texts that the flags ask for, and the tokens of a chunk. Borders are found with the tokenizer.
+    pub fn new(flags: &CacheFlags, model: &Gpt, tokenizer: &Tokenizer, texts: usize) -> anyhow::Result<(Self, usize)> {
         let config = model.config();
         let window = config.sequence_length;
-        match flags.kind(config)? {
-            LmCache::Mem => landmarks(flags, model, texts),
-            LmCache::Kv => {
-                let kept = flags.mem_cache_size.unwrap_or(window / 2);
-                if kept > window {
-                    anyhow::bail!(
-                        "--mem_cache_size {kept}: the model knows no distances beyond its window of {window} tokens"
-                    );
+        let kind = flags.kind(config)?;
+        let mem_freq = match kind {
+            LmCache::Mem => Some(block_tokens(flags, config)?),
+            _ => config.mem_freq,
+        };
+        let placer = placer(config, tokenizer, mem_freq)?;
+        let (parts, texts) = if config.landmarks == Placement::Regular { (1, texts) } else { (texts, 1) };
+        let mut chunk = 0;
+        let mut part = || {
+            let kind = match kind {
+                LmCache::Mem => {
+                    let cache = landmarks(flags, model, mem_freq.unwrap_or(1), texts)?;
+                    chunk = flags.chunk(cache.max_chunk(), cache.max_chunk())?;
+                    Kind::Landmarks(cache)
                 }
-                let usual = fitting(window.saturating_sub(kept).max(1), config);
-                let chunk = flags.chunk(usual, fitting(window, config))?;
-                Ok((Self::Keys(XlCache::new(config.n_layer, kept, config.rope()), 0), chunk))
-            }
-            LmCache::None | LmCache::KvTrain => {
-                // Half a window at once: every token has at least the other half before it.
-                let chunk = flags.chunk(fitting(window / 2, config), fitting(window, config))?;
-                Ok((Self::Window(vec![Vec::new(); texts], 0), chunk))
-            }
-        }
+                LmCache::Kv => {
+                    let kept = flags.mem_cache_size.unwrap_or(window / 2);
+                    if kept > window {
+                        anyhow::bail!(
+                            "--mem_cache_size {kept}: the model knows no distances beyond its window of {window} tokens"
+                        );
+                    }
+                    let usual = fitting(window.saturating_sub(kept).max(1), config);
+                    chunk = flags.chunk(usual, fitting(window, config))?;
+                    Kind::Keys(XlCache::new(config.n_layer, kept, config.rope()))
+                }
+                LmCache::None | LmCache::KvTrain => {
+                    // Half a window at once: every token has at least the other half before it.
+                    chunk = flags.chunk(fitting(window / 2, config), fitting(window, config))?;
+                    Kind::Window(vec![Vec::new(); texts])
+                }
+            };
+            Ok(Part { texts, kind, placer: placer.clone() })
+        };
+        let parts = (0..parts).map(|_| part()).collect::<anyhow::Result<_>>()?;
+        Ok((Self { parts }, chunk))
+    }
+
+    /// The landmark caches, if there are any: one, or one for each text.
+    pub fn caches(&self) -> impl Iterator<Item = &LandmarkCache> {
+        self.parts.iter().filter_map(|part| match &part.kind {
+            Kind::Landmarks(cache) => Some(cache),
+            _ => None,
+        })
+    }
+
+    /// The same, to be changed.
+    pub fn caches_mut(&mut self) -> impl Iterator<Item = &mut LandmarkCache> {
+        self.parts.iter_mut().filter_map(|part| match &mut part.kind {
+            Kind::Landmarks(cache) => Some(cache),
+            _ => None,
+        })
     }
 
     /// Forgets the texts.
     pub fn clear(&mut self) {
-        match self {
-            Self::Landmarks(cache, _) => cache.clear(),
-            Self::Keys(cache, read) => {
-                cache.clear();
-                *read = 0;
-            }
-            Self::Window(texts, before) => {
-                texts.iter_mut().for_each(Vec::clear);
-                *before = 0;
+        for part in &mut self.parts {
+            part.placer.iter_mut().for_each(Placer::clear);
+            match &mut part.kind {
+                Kind::Landmarks(cache) => cache.clear(),
+                Kind::Keys(cache) => cache.clear(),
+                Kind::Window(texts) => texts.iter_mut().for_each(Vec::clear),
             }
         }
     }
 
     /// The hidden states `[texts, n, C]` of the next `n` tokens of each text.
     pub fn forward(&mut self, model: &Gpt, texts: &[&[u32]]) -> anyhow::Result<Tensor> {
-        match self {
-            Self::Landmarks(cache, _) => {
+        let (mut hidden, mut rest) = (Vec::with_capacity(self.parts.len()), texts);
+        for part in &mut self.parts {
+            let (texts, others) = rest.split_at(part.texts);
+            hidden.push(part.forward(model, texts)?);
+            rest = others;
+        }
+        if hidden.len() == 1 { Ok(hidden.remove(0)) } else { Ok(Tensor::cat(&hidden, 0)?) }
+    }
+}
+
+impl Part {
+    fn forward(&mut self, model: &Gpt, texts: &[&[u32]]) -> anyhow::Result<Tensor> {
+        let landmark = model.config().landmark_id;
+        match &mut self.kind {
+            Kind::Landmarks(cache) => {
                 let ids = Tensor::from_vec(texts.concat(), (texts.len(), texts[0].len()), &Device::Cpu)?;
-                Ok(cache.forward(&ids, |ids, attention| Ok(model.hidden(ids, attention, None)?))?)
+                // If the cache fails, the text goes on as if the chunk had not been.
+                let mut placer = self.placer.clone();
+                let follows = follows(&mut placer, texts[0]);
+                let hidden = cache
+                    .forward_with_landmarks(&ids, &follows, |ids, attention| Ok(model.hidden(ids, attention, None)?))?;
+                self.placer = placer;
+                Ok(hidden)
             }
-            Self::Keys(cache, read) => {
-                let (ids, places) = with_landmarks(texts, *read, model.config())?;
-                let hidden = model.hidden(&ids, cache, None)?;
-                *read += texts[0].len();
-                Ok(hidden.index_select(&places, 1)?)
+            Kind::Keys(cache) => {
+                let (ids, places) = with_landmarks(texts, &follows(&mut self.placer, texts[0]), landmark)?;
+                Ok(model.hidden(&ids, cache, None)?.index_select(&places, 1)?)
             }
-            Self::Window(recent, before) => {
+            Kind::Window(recent) => {
                 recent.iter_mut().zip(texts).for_each(|(recent, next)| recent.extend_from_slice(next));
-                let window = model.config().sequence_length;
-                let end = *before + recent[0].len();
-                let fits = |&from: &usize| positions(from, end, model.config()) <= window;
-                let first = (*before..end).find(fits).unwrap_or(end);
-                recent.iter_mut().for_each(|recent| drop(recent.drain(..first - *before)));
-                *before = first;
+                let (window, next) = (model.config().sequence_length, texts[0].len());
+                let mut follows = follows(&mut self.placer.clone(), &recent[0]);
+                // As many of the last tokens as fit with their landmarks.
+                let mut positions = follows.len() + follows.iter().filter(|&&follows| follows).count();
+                let fits = |follows: &bool| {
+                    let fits = positions <= window;
+                    positions -= 1 + usize::from(*follows);
+                    fits
+                };
+                let surplus = follows.iter().position(fits).unwrap_or(follows.len());
+                let dropped: Vec<u32> = recent[0].drain(..surplus).collect();
+                recent.iter_mut().skip(1).for_each(|recent| drop(recent.drain(..surplus)));
+                if let Some(placer) = &mut self.placer {
+                    for token in dropped {
+                        placer.push(token);
+                    }
+                }
+                follows.drain(..surplus);
                 let rows: Vec<&[u32]> = recent.iter().map(Vec::as_slice).collect();
-                let (ids, places) = with_landmarks(&rows, *before, model.config())?;
+                let (ids, places) = with_landmarks(&rows, &follows, landmark)?;
                 let mut attention = WindowAttention::new(model.config(), &ids, None)?;
                 let hidden = model.hidden(&ids, &mut attention, None)?;
-                let next = texts[0].len();
                 Ok(hidden.index_select(&places.narrow(0, recent[0].len() - next, next)?, 1)?)
             }
         }
     }
 }
 
-fn landmarks(flags: &CacheFlags, model: &Gpt, texts: usize) -> anyhow::Result<(Memory, usize)> {
-    let config = model.config();
+/// The landmarks of a text as the model's training data had them.
+fn placer(
+    config: &GptConfig,
+    tokenizer: Option<&Tokenizer>,
+    mem_freq: Option<usize>,
+) -> anyhow::Result<Option<Placer>> {
+    let Some(mem_freq) = mem_freq else { return Ok(None) };
+    if config.landmarks == Placement::Regular {
+        return Ok(Some(Placer::every(u32::try_from(mem_freq)?)));
+    }
+    let tokenizer = tokenizer.with_context(|| {
+        format!(
+            "the model's landmarks are at borders of the text, and it has no {TOKENIZER_FILE}: name it with --tokenizer"
+        )
+    })?;
+    Ok(landmark_train::border_rule(config, tokenizer, mem_freq)?.map(Placer::at_borders))
+}
+
+/// Whether a landmark follows each of these tokens.
+fn follows(placer: &mut Option<Placer>, tokens: &[u32]) -> Vec<bool> {
+    tokens.iter().map(|&token| placer.as_mut().is_some_and(|placer| placer.push(token))).collect()
+}
+
+/// The most ordinary tokens of a block in the landmark cache.
+fn block_tokens(flags: &CacheFlags, config: &GptConfig) -> anyhow::Result<usize> {
     let mem_freq = flags.mem_cache_freq.or(config.mem_freq);
     let mem_freq =
         mem_freq.context("--mem_cache_freq N is missing: the model was trained without landmarks in its data")?;
     if mem_freq == 0 || mem_freq >= config.sequence_length {
         anyhow::bail!("--mem_cache_freq {mem_freq}: expected 1 to {}, the window less 1", config.sequence_length - 1);
     }
+    Ok(mem_freq)
+}
+
+fn landmarks(flags: &CacheFlags, model: &Gpt, mem_freq: usize, texts: usize) -> anyhow::Result<LandmarkCache> {
+    let config = model.config();
     let top_k = flags.top_k(config.sequence_length, mem_freq + 1);
     let cutoff = flags.rem_cutoff.or(config.rem_cutoff);
     let cache = CacheConfig {
@@ -111,37 +211,32 @@ fn landmarks(flags: &CacheFlags, model: &Gpt, texts: usize) -> anyhow::Result<(M
         window: config.sequence_length,
         context_miss: (config.model == Variant::LandmarkWithCmt).then_some(ContextMiss { cutoff }),
     };
-    let cache = LandmarkCache::new(cache, config.rope(), model.dtype(), &Device::Cpu)?;
-    let chunk = flags.chunk(cache.max_chunk(), cache.max_chunk())?;
-    Ok((Memory::Landmarks(cache, mem_freq), chunk))
+    Ok(LandmarkCache::new(cache, config.rope(), model.dtype(), &Device::Cpu)?)
 }
 
-/// The most ordinary tokens of `positions`, wherever in their block they begin.
+/// The most ordinary tokens of `positions`, wherever in their block they begin. Borders may be anywhere: a text of nothing but ends of
+/// text has a landmark after each.
 pub fn fitting(positions: usize, config: &GptConfig) -> usize {
-    let most = match config.mem_freq {
-        None => positions,
-        Some(mem_freq) => positions.saturating_sub(1) * mem_freq / (mem_freq + 1),
+    let most = match (config.mem_freq, config.landmarks) {
+        (None, _) => positions,
+        (Some(mem_freq), Placement::Regular) => positions.saturating_sub(1) * mem_freq / (mem_freq + 1),
+        (Some(_), _) => positions / 2,
     };
     most.max(1)
 }
 
-/// Positions that tokens `from..end` of a text take with the landmarks after them.
-fn positions(from: usize, end: usize, config: &GptConfig) -> usize {
-    end - from + config.mem_freq.map_or(0, |mem_freq| end / mem_freq - from / mem_freq)
-}
-
-/// Tokens of texts from number `from` on with the landmarks of the training data, `[texts, time]`, and the places of the tokens. (A
-/// base model may be trained on data with landmarks too; they are tokens like any other to it.)
-fn with_landmarks(texts: &[&[u32]], from: usize, config: &GptConfig) -> candle_core::Result<(Tensor, Tensor)> {
+/// Tokens of texts with their landmarks, `[texts, time]`, and the places of the tokens. (A base model may be trained on data with
+/// landmarks too; they are tokens like any other to it.)
+fn with_landmarks(texts: &[&[u32]], follows: &[bool], landmark: u32) -> candle_core::Result<(Tensor, Tensor)> {
     let (mut ids, mut places) = (Vec::new(), Vec::new());
     for text in texts {
         places.clear();
         let begin = ids.len();
-        for (number, &token) in (from..).zip(*text) {
+        for (&token, &follows) in text.iter().zip(follows) {
             places.push((ids.len() - begin) as u32);
             ids.push(token);
-            if config.mem_freq.is_some_and(|mem_freq| (number + 1).is_multiple_of(mem_freq)) {
-                ids.push(config.landmark_id);
+            if follows {
+                ids.push(landmark);
             }
         }
     }
@@ -154,45 +249,71 @@ mod tests {
     use super::*;
     use candle_core::DType;
 
-    fn model(variant: Variant) -> Gpt {
+    /// A model of bytes.
+    fn model(variant: Variant, landmarks: Placement) -> Gpt {
         let config = GptConfig {
             model: variant,
-            vocab_size: 60,
-            landmark_id: 50,
+            vocab_size: 258,
+            landmark_id: 257,
             n_embd: 32,
             n_head: 2,
             n_layer: 2,
             sequence_length: 48,
             mem_freq: Some(5),
+            landmarks,
             ..GptConfig::default()
         };
         Gpt::init(&config, 1, DType::F32, &Device::Cpu).unwrap().detached()
     }
 
+    /// A text with an end of a sentence or of a document every few bytes.
+    fn text(length: usize, seed: usize) -> Vec<u32> {
+        let byte = |i: usize| match (i * i + seed) % 47 {
+            n if n % 4 == 3 => u32::from(b'!'),
+            7 => 256,
+            n => n as u32 + 70,
+        };
+        (0..length).map(byte).collect()
+    }
+
     fn read(model: &Gpt, flags: &CacheFlags, tokens: &[u32], chunk: usize) -> Tensor {
-        let (mut memory, _) = Memory::new(flags, model, 1).unwrap();
+        let (mut memory, _) = Memory::new(flags, model, Some(&Tokenizer::bytes()), 1).unwrap();
         let hidden: Vec<Tensor> = tokens.chunks(chunk).map(|part| memory.forward(model, &[part]).unwrap()).collect();
         Tensor::cat(&hidden, 1).unwrap()
+    }
+
+    fn off(a: &Tensor, b: &Tensor) -> f32 {
+        (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap()
     }
 
     /// While everything fits the window, every memory is the plain model, whatever the chunks.
     #[test]
     fn in_the_window_all_memories_agree() {
-        let tokens: Vec<u32> = (0..26).map(|i| i * i % 47).collect();
-        for (variant, kinds) in
-            [(Variant::Landmark, [LmCache::Mem, LmCache::None]), (Variant::BaseRotary, [LmCache::Kv, LmCache::None])]
-        {
-            let model = model(variant);
-            let whole = read(&model, &CacheFlags { lm_cache: Some(LmCache::None), ..Default::default() }, &tokens, 26);
-            for kind in kinds {
-                // Blocks for the whole text: none is left out.
-                let cache_topk = (kind == LmCache::Mem).then_some(6);
-                let mem_cache_size = (kind == LmCache::Kv).then_some(48);
-                let flags = CacheFlags { lm_cache: Some(kind), cache_topk, mem_cache_size, ..Default::default() };
-                for chunk in [1, 3, 6] {
-                    let hidden = read(&model, &flags, &tokens, chunk);
-                    let off = (hidden - &whole).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-                    assert!(off < 1e-4, "{variant:?} {kind:?} in chunks of {chunk}: off by {off}");
+        for landmarks in [Placement::Regular, Placement::Sentence] {
+            for (variant, kinds) in [
+                (Variant::Landmark, [LmCache::Mem, LmCache::None]),
+                (Variant::BaseRotary, [LmCache::Kv, LmCache::None]),
+            ] {
+                let model = model(variant, landmarks);
+                // The plain model on the text as training has it, as long as there are no more blocks than can be read.
+                let mut placer = placer(model.config(), Some(&Tokenizer::bytes()), Some(5)).unwrap();
+                let (mut tokens, mut follows) = (text(26, 0), follows(&mut placer, &text(26, 0)));
+                let seventh = follows.iter().enumerate().filter(|(_, follows)| **follows).nth(6);
+                let length = seventh.map_or(26, |(place, _)| place);
+                tokens.truncate(length);
+                follows.truncate(length);
+                let (ids, places) = with_landmarks(&[&tokens], &follows, 257).unwrap();
+                let mut attention = WindowAttention::new(model.config(), &ids, None).unwrap();
+                let whole = model.hidden(&ids, &mut attention, None).unwrap().index_select(&places, 1).unwrap();
+                for kind in kinds {
+                    // Blocks for the whole text, none is left out: more would not leave room for a chunk.
+                    let cache_topk = (kind == LmCache::Mem).then_some(6);
+                    let mem_cache_size = (kind == LmCache::Kv).then_some(48);
+                    let flags = CacheFlags { lm_cache: Some(kind), cache_topk, mem_cache_size, ..Default::default() };
+                    for chunk in [1, 3, 6] {
+                        let off = off(&read(&model, &flags, &tokens, chunk), &whole);
+                        assert!(off < 1e-4, "{variant:?} {landmarks:?} {kind:?} in chunks of {chunk}: off by {off}");
+                    }
                 }
             }
         }
@@ -200,39 +321,51 @@ mod tests {
 
     #[test]
     fn a_window_moves_on() {
-        let model = model(Variant::Landmark);
-        let tokens: Vec<u32> = (0..200).map(|i| i * i % 47).collect();
-        let flags = CacheFlags { lm_cache: Some(LmCache::None), ..Default::default() };
-        let hidden = read(&model, &flags, &tokens, 20);
-        assert_eq!(hidden.dims(), [1, 200, 32]);
-        // The last token's window: the last 40 tokens and the 8 landmarks among them.
-        let (ids, places) = with_landmarks(&[&tokens[160..]], 160, model.config()).unwrap();
-        let mut attention = WindowAttention::new(model.config(), &ids, None).unwrap();
-        let expected = model.hidden(&ids, &mut attention, None).unwrap().index_select(&places, 1).unwrap();
-        let last = |x: &Tensor| x.narrow(1, x.dims()[1] - 1, 1).unwrap().flatten_all().unwrap();
-        let off = (last(&hidden) - last(&expected)).unwrap().abs().unwrap().max_all().unwrap();
-        assert!(off.to_scalar::<f32>().unwrap() < 1e-5);
+        for (landmarks, from) in [(Placement::Regular, 160), (Placement::Sentence, 0)] {
+            let model = model(Variant::Landmark, landmarks);
+            let tokens = text(200, 0);
+            let flags = CacheFlags { lm_cache: Some(LmCache::None), ..Default::default() };
+            let hidden = read(&model, &flags, &tokens, 20);
+            assert_eq!(hidden.dims(), [1, 200, 32]);
+            // The last token's window: of the last tokens as many as fit with the landmarks among them.
+            let mut placer = placer(model.config(), Some(&Tokenizer::bytes()), Some(5)).unwrap();
+            let follows = follows(&mut placer, &tokens);
+            let positions = |from: usize| 200 - from + follows[from..].iter().filter(|&&follows| follows).count();
+            let first = (0..200).find(|&first| positions(first) <= 48).unwrap();
+            assert!(first == from || landmarks == Placement::Sentence, "{first}");
+            let (ids, places) = with_landmarks(&[&tokens[first..]], &follows[first..], 257).unwrap();
+            let mut attention = WindowAttention::new(model.config(), &ids, None).unwrap();
+            let expected = model.hidden(&ids, &mut attention, None).unwrap().index_select(&places, 1).unwrap();
+            let last = |x: &Tensor| x.narrow(1, x.dims()[1] - 1, 1).unwrap().flatten_all().unwrap();
+            assert!(off(&last(&hidden), &last(&expected)) < 1e-5);
+        }
     }
 
-    /// Texts that are read side by side do not see each other.
+    /// Texts that are read side by side do not see each other, also where their landmarks are at different places.
     #[test]
     fn several_texts_are_read_as_one_by_one() {
         for (variant, kind) in
             [(Variant::Landmark, LmCache::Mem), (Variant::BaseRotary, LmCache::Kv), (Variant::Landmark, LmCache::None)]
         {
-            let model = model(variant);
-            let texts: Vec<Vec<u32>> = (0..3).map(|t| (0..90).map(|i| (i * i + 7 * t) % 47).collect()).collect();
-            let flags = CacheFlags { lm_cache: Some(kind), ..Default::default() };
-            let (mut memory, chunk) = Memory::new(&flags, &model, 3).unwrap();
-            let parts = (0..90).step_by(chunk).map(|at| {
-                let next: Vec<&[u32]> = texts.iter().map(|text| &text[at..90.min(at + chunk)]).collect();
-                memory.forward(&model, &next).unwrap()
-            });
-            let together = Tensor::cat(&parts.collect::<Vec<_>>(), 1).unwrap();
-            for (row, text) in texts.iter().enumerate() {
-                let alone = read(&model, &flags, text, chunk);
-                let off = (together.narrow(0, row, 1).unwrap() - alone).unwrap().abs().unwrap().max_all().unwrap();
-                assert!(off.to_scalar::<f32>().unwrap() < 1e-5, "{kind:?}");
+            for landmarks in [Placement::Regular, Placement::Sentence] {
+                let model = model(variant, landmarks);
+                let texts: Vec<Vec<u32>> = (0..3).map(|seed| text(90, 7 * seed)).collect();
+                let flags = CacheFlags { lm_cache: Some(kind), ..Default::default() };
+                let (mut memory, chunk) = Memory::new(&flags, &model, Some(&Tokenizer::bytes()), 3).unwrap();
+                let parts = (0..90).step_by(chunk).map(|at| {
+                    let next: Vec<&[u32]> = texts.iter().map(|text| &text[at..90.min(at + chunk)]).collect();
+                    memory.forward(&model, &next).unwrap()
+                });
+                let together = Tensor::cat(&parts.collect::<Vec<_>>(), 1).unwrap();
+                for (row, text) in texts.iter().enumerate() {
+                    let alone = read(&model, &flags, text, chunk);
+                    let off = off(&together.narrow(0, row, 1).unwrap(), &alone);
+                    assert!(off < 1e-5, "{landmarks:?} {kind:?}: off by {off}");
+                }
+                memory.clear();
+                let first: Vec<&[u32]> = texts.iter().map(|text| &text[..chunk]).collect();
+                let again = memory.forward(&model, &first).unwrap();
+                assert!(off(&again, &together.narrow(1, 0, chunk).unwrap()) < 1e-5);
             }
         }
     }

@@ -9,11 +9,10 @@ use anyhow::{Context, bail};
 use candle_core::{DType, Device, Tensor};
 pub use flags::{CacheFlags, LmCache, ModelFlags, SelectionMethod};
 use landmark_data::{TOKENIZER_FILE, Tokenizer};
-use landmark_memory::BlockRead;
+use landmark_memory::{BlockRead, LandmarkCache};
 use landmark_models::IGNORE;
 use landmark_models::gpt::Gpt;
 pub use memory::{Memory, fitting};
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// A model, its tokenizer, and what it remembers of the text that it has read.
@@ -43,7 +42,7 @@ impl Reader {
                 model.config().vocab_size
             );
         }
-        let (memory, chunk) = Memory::new(cache, &model, 1)?;
+        let (memory, chunk) = Memory::new(cache, &model, Some(&tokenizer), 1)?;
         Ok(Self { model, tokenizer, memory, chunk, last: None, last_token: None })
     }
 
@@ -59,31 +58,22 @@ impl Reader {
 
     /// Whether the model reads through the landmark cache.
     pub fn has_blocks(&self) -> bool {
-        matches!(self.memory, Memory::Landmarks(..))
+        self.memory.caches().next().is_some()
     }
 
     /// Blocks that each token reads, if the model reads through the landmark cache.
     pub fn top_k(&self) -> Option<usize> {
-        match &self.memory {
-            Memory::Landmarks(cache, _) => Some(cache.top_k()),
-            _ => None,
-        }
+        self.memory.caches().next().map(LandmarkCache::top_k)
     }
 
     /// Finished blocks of the text.
     pub fn blocks(&self) -> usize {
-        match &self.memory {
-            Memory::Landmarks(cache, _) => cache.finished_blocks(),
-            _ => 0,
-        }
+        self.memory.caches().map(LandmarkCache::finished_blocks).sum()
     }
 
     /// Bytes that are set aside for blocks.
     pub fn cache_bytes(&self) -> usize {
-        match &self.memory {
-            Memory::Landmarks(cache, _) => cache.bytes(),
-            _ => 0,
-        }
+        self.memory.caches().map(LandmarkCache::bytes).sum()
     }
 
     /// Forgets the text.
@@ -172,31 +162,12 @@ impl Reader {
 
     /// From here on, which blocks are read is noted.
     pub fn trace_reads(&mut self) {
-        if let Memory::Landmarks(cache, _) = &mut self.memory {
-            cache.trace_reads();
-        }
+        self.memory.caches_mut().for_each(LandmarkCache::trace_reads);
     }
 
     /// The blocks that were read since [`Self::trace_reads`], the most read first.
     pub fn reads(&self) -> Vec<BlockRead> {
-        match &self.memory {
-            Memory::Landmarks(cache, _) => cache.reads(0),
-            _ => Vec::new(),
-        }
-    }
-
-    /// The text's tokens that make up a block.
-    pub fn block_tokens(&self, block: usize) -> Range<usize> {
-        let mem_freq = self.mem_freq();
-        block * mem_freq..(block + 1) * mem_freq
-    }
-
-    /// Ordinary tokens of a block.
-    fn mem_freq(&self) -> usize {
-        match &self.memory {
-            Memory::Landmarks(_, mem_freq) => *mem_freq,
-            _ => 1,
-        }
+        self.memory.caches().next().map_or(Vec::new(), |cache| cache.reads(0))
     }
 
     /// Reads one chunk.

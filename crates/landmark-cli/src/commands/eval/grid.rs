@@ -171,7 +171,14 @@ fn compute(
     // What a model or a text cannot do is a finding; what goes wrong later is an error.
     let resolve = || -> anyhow::Result<_> {
         text.check_model(&model.gpt, model.tokenizer.as_ref())?;
-        let reading = Reading::resolve(&row.flags(), false, Some(row.eval_seq_length), None, &model.gpt)?;
+        let reading = Reading::resolve(
+            &row.flags(),
+            false,
+            Some(row.eval_seq_length),
+            None,
+            &model.gpt,
+            model.tokenizer.as_ref(),
+        )?;
         let sequences = text.sequences(row.eval_seq_length, args.text.eval_sample_size, args.text.seed)?;
         Ok((reading, sequences))
     };

@@ -4,6 +4,7 @@ use super::setting::{Reading, Setting};
 use super::text::Sequences;
 use crate::reader::Memory;
 use candle_core::{Device, Tensor};
+use landmark_memory::LandmarkCache;
 use landmark_models::IGNORE;
 use landmark_models::gpt::{Gpt, Variant};
 use serde::{Deserialize, Serialize};
@@ -110,12 +111,10 @@ pub fn evaluate(
         let (mut here, texts) = match memory.take() {
             Some((memory, texts)) if texts == rows.len() => (memory, texts),
             // The first batch, or the last one, which may be smaller.
-            _ => (Memory::new(&reading.flags, model, rows.len())?.0, rows.len()),
+            _ => (Memory::new(&reading.flags, model, reading.tokenizer.as_ref(), rows.len())?.0, rows.len()),
         };
         here.clear();
-        if let Memory::Landmarks(cache, _) = &mut here {
-            cache.trace_distances();
-        }
+        here.caches_mut().for_each(LandmarkCache::trace_distances);
         for from in (0..length).step_by(chunk) {
             let to = length.min(from + chunk);
             if alone {
@@ -191,15 +190,16 @@ struct Retrieved {
 }
 
 impl Retrieved {
-    /// Adds what a cache has counted in its sequences, which are read.
+    /// Adds what the caches have counted in their sequences, which are read.
     fn add(&mut self, memory: &Memory) {
-        let Memory::Landmarks(cache, _) = memory else { return };
-        self.bytes = self.bytes.max(cache.bytes());
-        let counts = cache.distances();
-        self.distances.resize(self.distances.len().max(counts.len()), 0);
-        self.distances.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
-        self.done += cache.retrievals().done;
-        self.skipped += cache.retrievals().skipped;
+        self.bytes = self.bytes.max(memory.caches().map(LandmarkCache::bytes).sum());
+        for cache in memory.caches() {
+            let counts = cache.distances();
+            self.distances.resize(self.distances.len().max(counts.len()), 0);
+            self.distances.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+            self.done += cache.retrievals().done;
+            self.skipped += cache.retrievals().skipped;
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::reader::{CacheFlags, LmCache, Memory, SelectionMethod, fitting};
 use anyhow::bail;
+use landmark_data::Tokenizer;
 use landmark_models::gpt::{Gpt, SoftmaxFunc, Variant};
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +34,8 @@ pub struct Reading {
     pub setting: Setting,
     /// What makes the memory.
     pub flags: CacheFlags,
+    /// Finds the borders of a text, for a model with landmarks at them.
+    pub tokenizer: Option<Tokenizer>,
 }
 
 impl Reading {
@@ -44,6 +47,7 @@ impl Reading {
         eval_seq_length: Option<usize>,
         whole: Option<usize>,
         model: &Gpt,
+        tokenizer: Option<&Tokenizer>,
     ) -> anyhow::Result<Self> {
         let config = model.config();
         let window = config.sequence_length;
@@ -69,7 +73,7 @@ impl Reading {
         if kind == LmCache::None && flags.mid_length.is_none() {
             flags.mid_length = Some(fits.min(eval_seq_length));
         }
-        let (_, mid_length) = Memory::new(&flags, model, 1)?;
+        let (_, mid_length) = Memory::new(&flags, model, tokenizer, 1)?;
         let mut setting = Setting {
             eval_seq_length,
             mid_length,
@@ -92,7 +96,7 @@ impl Reading {
             LmCache::Kv => setting.mem_cache_size = Some(flags.mem_cache_size.unwrap_or(window / 2)),
             LmCache::None | LmCache::KvTrain => {}
         }
-        Ok(Self { setting, flags })
+        Ok(Self { setting, flags, tokenizer: tokenizer.cloned() })
     }
 }
 
