@@ -88,6 +88,39 @@ fn passkey_counts_every_prompt_in_table_csv_and_plot() {
     assert!(fs::read_to_string(MODEL.path().join("found.svg")).unwrap().contains("without retrieval"));
 }
 
+/// A model that was trained on blocks that are sentences is read, evaluated and generated from with such blocks.
+#[test]
+fn landmarks_are_where_the_model_was_trained_to_have_them() {
+    let train = "train --dataset text --model landmark --n_embd 32 --n_head 2 --n_layer 2 --batch_size 4 --acc_steps 1 \
+        --sequence_length 128 --mem_freq 24 --landmarks sentence --iterations 10 --exp_name sentences";
+    let output = landmark(MODEL.path(), train, "");
+    let notes = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && notes.contains("--landmarks sentence: "), "{notes}");
+    let checkpoint = "--checkpoint exps/text/landmark/sentences";
+    let shown = text(&format!("generate {checkpoint} --file book.txt --max_new_tokens 30 --show_blocks 99"), "");
+    let book = fs::read_to_string(MODEL.path().join("book.txt")).unwrap();
+    let mut short = 0;
+    for line in shown.lines().filter(|line| line.contains("%  block ")) {
+        let tokens = line.rsplit_once("tokens ").unwrap().1.replace(',', "");
+        let (first, last) = tokens.split_once(" to ").unwrap();
+        let (first, end) = (first.parse::<usize>().unwrap(), last.parse::<usize>().unwrap() + 1);
+        // Bytes are tokens. A block that is not full ends with a sentence; of what was generated nothing is known.
+        let Some(words) = book.get(first..end) else { continue };
+        assert!(
+            words.len() == 24 || (6..24).contains(&words.len()) && words.trim_end().ends_with("night."),
+            "{words:?}"
+        );
+        short += usize::from(words.len() < 24);
+    }
+    assert!(short > 0, "{shown}");
+    let table = text(&format!("passkey {checkpoint} --filler book.txt --lengths 400 --trials 2"), "");
+    assert_eq!(table.lines().count(), 2, "{table}");
+    for flags in ["--use_cache --eval_seq_length 300 --mid_length 40 --batch_size 3", "--lm_cache none"] {
+        let table = text(&format!("eval {checkpoint} --file book.txt {flags}"), "");
+        assert!(table.contains("perplexity"), "{table}");
+    }
+}
+
 #[test]
 fn what_cannot_be_read_is_named() {
     let cases = [

@@ -23,7 +23,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use landmark_attention::retrieval::{self, Selection, SlotQueries};
-use landmark_attention::{Attend, LandmarkParams, Landmarks, Rope, Rotation, landmark_attention_with_lse};
+use landmark_attention::{Attend, LandmarkParams, Rope, Rotation, landmark_attention_with_lse};
 
 use crate::distances::Distances;
 use crate::layout::{Layout, block_sizes};

@@ -32,7 +32,12 @@ enum Kind {
 
 impl Memory {
     /// The memory of `texts` texts that the flags ask for, and the tokens of a chunk. Borders are found with the tokenizer.
-    pub fn new(flags: &CacheFlags, model: &Gpt, tokenizer: &Tokenizer, texts: usize) -> anyhow::Result<(Self, usize)> {
+    pub fn new(
+        flags: &CacheFlags,
+        model: &Gpt,
+        tokenizer: Option<&Tokenizer>,
+        texts: usize,
+    ) -> anyhow::Result<(Self, usize)> {
         let config = model.config();
         let window = config.sequence_length;
         let kind = flags.kind(config)?;
