@@ -344,6 +344,8 @@ fn bad_flags_are_named() {
             "--json missing/report.json: cannot write it",
         ),
         ("--checkpoint landmark --dataset books --plot_distances x.svg", "--plot_distances is refused"),
+        ("--checkpoint landmark --dataset books --out x", "--out is refused: it belongs to --grid"),
+        ("--checkpoint landmark --dataset books --xl_checkpoint x", "--xl_checkpoint is refused"),
         ("--grid table1 --landmark_checkpoint landmark", "name prepared data with --dataset"),
         ("--grid table1 --dataset books", "there is no model"),
         ("--grid table2 --dataset books --dense_checkpoint dense", "--dense_checkpoint is refused: table2 has no rows"),
@@ -360,7 +362,6 @@ fn bad_flags_are_named() {
         "--grid table1 --dataset books --cache_topk 4",
         "--grid table1 --dataset books --mem_cache_size 4",
         "--grid table1 --dataset books --json x.json",
-        "--checkpoint landmark --dataset books --out x",
         "--checkpoint landmark --dataset books --file x",
         "--checkpoint landmark --dataset books --split dev",
     ] {

@@ -65,6 +65,7 @@ impl Model {
 /// Evaluates.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     args.accepted.check()?;
+    args.grid.check()?;
     for (flag, number) in [("batch_size", args.batch_size), ("bins", args.results.bins)] {
         if number == 0 {
             bail!("--{flag} 0: expected at least 1");

@@ -86,17 +86,17 @@ pub struct GridFlags {
         "cache_selection_method", "mid_length", "mem_cache_size", "mem_cache_freq", "rem_cutoff", "checkpoint"])]
     pub grid: Option<GridName>,
     /// The model of the rows without any cache (base_rotary)
-    #[arg(long, value_name = "DIR", requires = "grid")]
+    #[arg(long, value_name = "DIR")]
     pub dense_checkpoint: Option<PathBuf>,
     /// The model of the rows with Transformer-XL's cache (base_rotary, trained with --optimization_process transformer_xl)
-    #[arg(long, value_name = "DIR", requires = "grid")]
+    #[arg(long, value_name = "DIR")]
     pub xl_checkpoint: Option<PathBuf>,
     /// The model of the rows with landmarks
-    #[arg(long, value_name = "DIR", requires = "grid")]
+    #[arg(long, value_name = "DIR")]
     pub landmark_checkpoint: Option<PathBuf>,
     /// The grid's folder: table.md, table.csv, plots, and cells/ with every figure of what is finished, from which an
     /// interrupted grid goes on. Left out: ./exps/eval/GRID
-    #[arg(long, value_name = "DIR", requires = "grid")]
+    #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
 }
 
@@ -156,6 +156,22 @@ pub struct Accepted {
     /// Nothing is ever compiled here
     #[arg(long)]
     pub no_compile: bool,
+}
+
+impl GridFlags {
+    /// Refuses flags of a grid where there is none. (clap drops its `requires` where what is required conflicts.)
+    pub fn check(&self) -> anyhow::Result<()> {
+        let flags = [
+            ("dense_checkpoint", &self.dense_checkpoint),
+            ("xl_checkpoint", &self.xl_checkpoint),
+            ("landmark_checkpoint", &self.landmark_checkpoint),
+            ("out", &self.out),
+        ];
+        match flags.into_iter().find(|(_, given)| self.grid.is_none() && given.is_some()) {
+            Some((flag, _)) => anyhow::bail!("--{flag} is refused: it belongs to --grid"),
+            None => Ok(()),
+        }
+    }
 }
 
 impl Accepted {

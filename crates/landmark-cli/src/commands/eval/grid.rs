@@ -92,8 +92,6 @@ pub fn run(name: GridName, args: &Args) -> anyhow::Result<ExitCode> {
     let texts = texts.collect::<anyhow::Result<Vec<_>>>()?;
     let out = args.grid.out.clone().unwrap_or_else(|| Path::new("exps/eval").join(name.name()));
     let cells = out.join("cells");
-    fs::create_dir_all(&cells).with_context(|| format!("--out {}: cannot make it", out.display()))?;
-
     let mut table = Table {
         name,
         datasets: args.text.dataset.clone(),
@@ -107,6 +105,7 @@ pub fn run(name: GridName, args: &Args) -> anyhow::Result<ExitCode> {
     for (method, flag, given) in models {
         let model = given.as_deref().map(|named| Model::open(named, args)).transpose().context(flag)?;
         let hash = model.as_ref().map(|model| hash_of(&model.folder)).transpose()?;
+        fs::create_dir_all(&cells).with_context(|| format!("--out {}: cannot make it", out.display()))?;
         if let (Method::Landmark, Some(model)) = (method, &model) {
             let config = model.gpt.config();
             table.landmark = Some((config.n_head, config.mem_freq.unwrap_or(0)));

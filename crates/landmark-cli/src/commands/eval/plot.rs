@@ -18,7 +18,12 @@ pub fn distances(path: &Path, report: &Report) -> anyhow::Result<()> {
     let bins = &report.measured.retrieved_by_distance;
     let points = bins.iter().map(|bin| ((bin.from as f64 * bin.to as f64).sqrt(), 100. * bin.share)).collect();
     let title = format!("{}: how far the blocks are that were read", report.dataset);
-    let axes = Axes { title: &title, x: ("distance in blocks", true), y: "% of the blocks, a point for each doubling", y_range: None };
+    let axes = Axes {
+        title: &title,
+        x: ("distance in blocks", true),
+        y: "% of the blocks, a point for each doubling",
+        y_range: None,
+    };
     write(path, &axes, &[Curve { name: report.measured.setting.words(), points }])
 }
 
