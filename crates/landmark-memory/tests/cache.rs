@@ -376,6 +376,30 @@ fn blocks_without_weight_can_be_left_out() {
     assert!(off(&one, &all) < 1e-12 && off(&none, &all) > 1e-3, "{} {}", off(&one, &all), off(&none, &all));
 }
 
+/// Every distance is counted from the token's own block: here each token reads all blocks that were finished before its chunk.
+#[test]
+fn distances_are_counted_from_the_own_block() {
+    let (batch, mem_freq, chunks) = (2, 4, [6, 7, 9]);
+    let text = Text::new(batch, 1, 2, 22 + 22 / mem_freq);
+    let mut cache = cache(config(batch, 1, mem_freq, 8));
+    cache.trace_distances();
+    read(&mut cache, &text, batch, &chunks, None);
+    let mut expected = vec![0u64; 6];
+    let mut begin = 0;
+    for chunk in chunks {
+        // Rows of the text, landmarks among them, and the block that each is in.
+        let rows = |tokens: usize| tokens + tokens / mem_freq;
+        for row in rows(begin)..rows(begin + chunk) {
+            for block in 0..begin / mem_freq {
+                expected[row / (mem_freq + 1) - block] += (batch * 2) as u64;
+            }
+        }
+        begin += chunk;
+    }
+    let last = expected.iter().rposition(|&count| count > 0).unwrap();
+    assert_eq!(cache.distances(), &expected[..=last]);
+}
+
 /// The context-miss token's weight is what the retrieved blocks share: the reference with the cached landmarks controlled.
 #[test]
 fn context_miss_gates_retrieval() {

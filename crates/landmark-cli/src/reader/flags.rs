@@ -10,7 +10,7 @@ use std::path::PathBuf;
 /// `--lm_cache`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LmCache {
-    /// No cache: every token sees the window before it, which is computed anew
+    /// No cache: every token sees the window before it, which is computed anew (in eval each chunk by itself)
     #[value(name = "none")]
     None,
     /// The landmark cache

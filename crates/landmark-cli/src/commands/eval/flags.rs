@@ -94,8 +94,8 @@ pub struct GridFlags {
     /// The model of the rows with landmarks
     #[arg(long, value_name = "DIR")]
     pub landmark_checkpoint: Option<PathBuf>,
-    /// The grid's folder: table.md, table.csv, plots, and cells/ with every figure of what is finished, from which an
-    /// interrupted grid goes on. Left out: ./exps/eval/GRID
+    /// The grid's folder: GRID.md, GRID.csv, plots, and cells/ with every figure of what is finished, from which an interrupted
+    /// grid goes on; the tables may share it. Left out: ./exps/eval
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
 }

@@ -90,7 +90,7 @@ pub fn run(name: GridName, args: &Args) -> anyhow::Result<ExitCode> {
     }
     let texts = args.text.dataset.iter().map(|dataset| Text::prepared(&args.text, dataset));
     let texts = texts.collect::<anyhow::Result<Vec<_>>>()?;
-    let out = args.grid.out.clone().unwrap_or_else(|| Path::new("exps/eval").join(name.name()));
+    let out = args.grid.out.clone().unwrap_or_else(|| "exps/eval".into());
     let cells = out.join("cells");
     let mut table = Table {
         name,
