@@ -22,7 +22,7 @@ use setting::Reading;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use text::Text;
+use text::{Sequences, Text};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -102,7 +102,9 @@ fn one(checkpoint: &Path, args: &Args) -> anyhow::Result<ExitCode> {
     if args.results.plot_distances.is_some() && reading.setting.cache_topk.unwrap_or(0) == 0 {
         bail!("--plot_distances is refused: no blocks are read; add --use_cache, with --cache_topk of at least 1");
     }
-    let Some(report) = evaluate(&model, &text, &reading, args, "evaluating")? else {
+    let length = reading.setting.eval_seq_length;
+    let sequences = text.sequences(length, length, args.text.eval_sample_size, args.text.seed)?;
+    let Some(report) = evaluate(&model, &text, &reading, &sequences, args, "evaluating")? else {
         eprintln!("Stopped.");
         return Ok(ExitCode::from(interrupt::EXIT_CODE));
     };
@@ -123,11 +125,17 @@ fn one(checkpoint: &Path, args: &Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Evaluates a model on a text, or gives nothing if that was interrupted.
-fn evaluate(model: &Model, text: &Text, reading: &Reading, args: &Args, what: &str) -> anyhow::Result<Option<Report>> {
-    let sequences = text.sequences(reading.setting.eval_seq_length, args.text.eval_sample_size, args.text.seed)?;
+/// Evaluates a model on sequences of a text, or gives nothing if that was interrupted.
+fn evaluate(
+    model: &Model,
+    text: &Text,
+    reading: &Reading,
+    sequences: &Sequences,
+    args: &Args,
+    what: &str,
+) -> anyhow::Result<Option<Report>> {
     let mut bar = ReadingBar::new(what, Some((sequences.len() * sequences.length) as u64));
-    let measured = measure::evaluate(&model.gpt, reading, &sequences, args.batch_size, args.results.bins, |tokens| {
+    let measured = measure::evaluate(&model.gpt, reading, sequences, args.batch_size, args.results.bins, |tokens| {
         bar.set(tokens as u64, tokens);
         !interrupt::requested()
     });

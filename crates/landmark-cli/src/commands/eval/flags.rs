@@ -48,7 +48,8 @@ pub struct TextFlags {
     /// cache four windows; of a --file all of it
     #[arg(long, value_name = "N")]
     pub eval_seq_length: Option<usize>,
-    /// Evaluate sequences drawn at random that have so many tokens together, or None: all
+    /// Evaluate sequences drawn at random that have so many tokens together, or None: all. The rows of a grid read the same
+    /// passages, of 4096 tokens
     #[arg(long, value_name = "N", value_parser = none_or::<usize>, default_value = "None")]
     pub eval_sample_size: NoneOr<usize>,
     /// Decides which sequences are drawn

@@ -178,7 +178,9 @@ fn compute(
             &model.gpt,
             model.tokenizer.as_ref(),
         )?;
-        let sequences = text.sequences(row.eval_seq_length, args.text.eval_sample_size, args.text.seed)?;
+        // Rows of all lengths are to be compared: their samples are of the same text.
+        let passage = GridName::Table1.rows().iter().map(|row| row.eval_seq_length).max().unwrap_or(0);
+        let sequences = text.sequences(row.eval_seq_length, passage, args.text.eval_sample_size, args.text.seed)?;
         Ok((reading, sequences))
     };
     let (reading, sequences) = match resolve() {
@@ -192,7 +194,7 @@ fn compute(
     if let Some(report) = kept(&path, &key, text) {
         return Ok(Cell::Done(Box::new(report)));
     }
-    let Some(report) = evaluate(model, text, &reading, args, what)? else { return Ok(Cell::Pending) };
+    let Some(report) = evaluate(model, text, &reading, &sequences, args, what)? else { return Ok(Cell::Pending) };
     let kept = Kept { key, report };
     report::write(&path, "--out", &(serde_json::to_string_pretty(&kept)? + "\n"))?;
     Ok(Cell::Done(Box::new(kept.report)))

@@ -92,8 +92,15 @@ impl Text {
     }
 
     /// The sequences of `length` tokens, without overlap, of which a rest that fills none is left out, as the authors do; or a sample
-    /// of them.
-    pub fn sequences(&self, length: usize, sample: Option<usize>, seed: u64) -> anyhow::Result<Sequences<'_>> {
+    /// of them. A sample is drawn in passages of `passage` tokens, each cut into sequences: whatever the length, it is of the
+    /// same text.
+    pub fn sequences(
+        &self,
+        length: usize,
+        passage: usize,
+        sample: Option<usize>,
+        seed: u64,
+    ) -> anyhow::Result<Sequences<'_>> {
         let available = self.targets() / length;
         let name = &self.name;
         if available == 0 {
@@ -104,15 +111,21 @@ impl Text {
                 self.targets()
             );
         }
-        let mut numbers: Vec<usize> = (0..available).collect();
-        if let Some(sample) = sample {
-            let wanted = sample / length;
-            if wanted == 0 {
-                bail!("--eval_sample_size {sample}: less than one sequence of --eval_seq_length {length}");
+        let starts = match sample {
+            None => (0..available).map(|number| number * length).collect(),
+            Some(sample) if sample < length => {
+                bail!("--eval_sample_size {sample}: less than one sequence of --eval_seq_length {length}")
             }
-            draw(&mut numbers, wanted, seed);
-        }
-        Ok(Sequences { text: self, length, numbers })
+            Some(sample) => {
+                // Passages that are too long for the text or the sample are no longer than a sequence.
+                let passage = if passage > self.targets().min(sample) { length } else { passage.max(length) };
+                let mut passages: Vec<usize> = (0..self.targets() / passage).map(|number| number * passage).collect();
+                draw(&mut passages, sample / passage, seed);
+                let cut = |start| (0..passage / length).map(move |number| start + number * length);
+                passages.into_iter().flat_map(cut).collect()
+            }
+        };
+        Ok(Sequences { text: self, length, starts })
     }
 }
 
@@ -134,18 +147,18 @@ pub struct Sequences<'t> {
     text: &'t Text,
     /// Tokens of each.
     pub length: usize,
-    numbers: Vec<usize>,
+    starts: Vec<usize>,
 }
 
 impl Sequences<'_> {
     /// How many.
     pub fn len(&self) -> usize {
-        self.numbers.len()
+        self.starts.len()
     }
 
     /// The tokens of a sequence, and one more, the target of its last.
     pub fn read(&self, index: usize) -> anyhow::Result<Vec<u32>> {
-        let start = (self.numbers[index] * self.length) as u64;
+        let start = self.starts[index] as u64;
         let tokens: Option<Vec<u32>> = (start..=start + self.length as u64).map(|i| self.text.tokens.get(i)).collect();
         tokens.context("a sequence beyond the end of the text")
     }
@@ -177,31 +190,48 @@ mod tests {
     #[test]
     fn sequences_cover_the_text_once() {
         let text = text(101);
-        let sequences = text.sequences(25, None, 0).unwrap();
+        let sequences = text.sequences(25, 25, None, 0).unwrap();
         assert_eq!(sequences.len(), 4);
         assert_eq!(sequences.read(3).unwrap(), (75..=100).collect::<Vec<u32>>());
         // The whole text is one sequence, the last token being a target only.
-        assert_eq!(text.sequences(100, None, 0).unwrap().len(), 1);
-        let error = text.sequences(101, None, 0).err().unwrap().to_string();
+        assert_eq!(text.sequences(100, 100, None, 0).unwrap().len(), 1);
+        let error = text.sequences(101, 101, None, 0).err().unwrap().to_string();
         assert_eq!(error, "--eval_seq_length 101: text has 101 tokens, enough for sequences of at most 100");
     }
 
     #[test]
     fn a_sample_is_of_different_sequences_and_its_seed_decides() {
         let text = text(1001);
-        let numbers = |sample, seed| text.sequences(10, sample, seed).unwrap().numbers;
-        let sample = numbers(Some(309), 1);
+        let starts = |sample, seed| text.sequences(10, 10, sample, seed).unwrap().starts;
+        let sample = starts(Some(309), 1);
         assert_eq!(sample.len(), 30);
-        assert!(sample.is_sorted() && sample.windows(2).all(|pair| pair[0] < pair[1]) && sample[29] < 100);
-        assert_eq!(sample, numbers(Some(309), 1));
-        assert_ne!(sample, numbers(Some(309), 2));
-        assert_eq!(numbers(Some(5000), 1), numbers(None, 1));
-        assert!(text.sequences(10, Some(9), 1).is_err());
+        assert!(sample.windows(2).all(|pair| pair[0] < pair[1]) && sample[29] <= 990);
+        assert!(sample.iter().all(|start| start % 10 == 0));
+        assert_eq!(sample, starts(Some(309), 1));
+        assert_ne!(sample, starts(Some(309), 2));
+        assert_eq!(starts(Some(5000), 1), starts(None, 1));
+        assert!(text.sequences(10, 10, Some(9), 1).is_err());
+    }
+
+    #[test]
+    fn samples_of_the_same_passages_are_of_the_same_text() {
+        let text = text(1001);
+        let tokens = |length, passage, sample| -> Vec<u32> {
+            let sequences = text.sequences(length, passage, Some(sample), 1).unwrap();
+            (0..sequences.len()).flat_map(|i| sequences.read(i).unwrap()[..length].to_vec()).collect()
+        };
+        let long = tokens(100, 100, 300);
+        assert_eq!(long.len(), 300);
+        assert_eq!(tokens(50, 100, 300), long);
+        // A rest that fills no sequence is left out of each passage.
+        assert_eq!(tokens(30, 100, 300).len(), 270);
+        // Passages that do not fit are as long as the sequences.
+        assert_eq!(tokens(50, 400, 300), tokens(50, 50, 300));
     }
 
     #[test]
     fn fingerprints_tell_texts_and_samples_apart() {
-        let of = |tokens, sample| text(tokens).sequences(10, sample, 1).unwrap().fingerprint().unwrap();
+        let of = |tokens, sample| text(tokens).sequences(10, 10, sample, 1).unwrap().fingerprint().unwrap();
         assert_eq!(of(101, None), of(102, None));
         assert_ne!(of(101, None), of(111, None));
         assert_ne!(of(101, None), of(101, Some(50)));
