@@ -370,6 +370,23 @@ fn bad_flags_are_named() {
     assert!(!path.join("exps").exists(), "a refused grid leaves nothing behind");
 }
 
+#[test]
+fn a_context_miss_token_saves_retrievals() {
+    let folder = folder(&text(3000));
+    let path = folder.path();
+    small(Variant::LandmarkWithCmt, Some(50), 512).save(path.join("cmt")).unwrap();
+    Tokenizer::bytes().save(path.join("cmt")).unwrap();
+    let read = |flags: &str| report(path, &format!("--checkpoint cmt --dataset books --eval_seq_length 1000 {flags}"));
+    let all = read("--use_cache --cache_topk 2");
+    assert_eq!((&all["setting"]["rem_cutoff"], &all["skipped_retrievals"]), (&Value::Null, &0.0.into()));
+    let none = read("--use_cache --cache_topk 2 --rem_cutoff 1.0");
+    assert_eq!((&none["setting"]["rem_cutoff"], &none["skipped_retrievals"]), (&1.0.into(), &1.0.into()));
+    assert_eq!(none["retrieved_by_distance"], Value::Array(vec![]));
+    assert_ne!(all["loss"], none["loss"]);
+    // Without a cache nothing is retrieved, and nothing saved.
+    assert_eq!(read("")["skipped_retrievals"], Value::Null);
+}
+
 /// Tokens of another tokenizer are refused, whatever their ids.
 #[test]
 fn tokens_of_another_tokenizer_are_refused() {
