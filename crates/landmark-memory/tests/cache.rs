@@ -301,8 +301,8 @@ fn naive(text: &Text, row: usize, chunks: &[usize], follows: &[bool], config: &C
                 for row in window.start..=at {
                     keys.push(turned(vector(&text.k, head / group, row), position(row)));
                     values.push(vector(&text.v, head / group, row));
-                    landmarks.push(is_landmark[row]);
                 }
+                landmarks.extend(&is_landmark[window.start..=at]);
                 let q = turned(vector(&text.q, head, at), position(at));
                 let length = keys.len();
                 let keys = Tensor::cat(&keys, 2).unwrap();
@@ -384,7 +384,7 @@ fn distances_are_counted_from_the_own_block() {
     let mut cache = cache(config(batch, 1, mem_freq, 8));
     cache.trace_distances();
     read(&mut cache, &text, batch, &chunks, None);
-    let mut expected = vec![0u64; 6];
+    let mut expected = [0u64; 6];
     let mut begin = 0;
     for chunk in chunks {
         // Rows of the text, landmarks among them, and the block that each is in.
