@@ -1,23 +1,33 @@
 //! Prepares text files and shows one training window: `cargo run --example prepare_and_sample -- book.txt`.
 
+use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use landmark_data::prepare::prepare_text;
+use landmark_data::prepare::{Dataset, Event, OnError, Options, Preparation, Vocabulary};
 use landmark_data::{Batches, DataFolder, IGNORE, Landmarks, Stream, Tokenizer};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let inputs: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
+    let places: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
     let tokenizer = Tokenizer::bytes();
     let out = std::env::temp_dir().join("landmark-data-example");
-    let summary = prepare_text(&inputs, &tokenizer, &out, 0.05, |progress| {
-        eprintln!("{} of {} bytes", progress.bytes_done, progress.bytes_total);
+    let options = Options {
+        dataset: Dataset::Text,
+        places,
+        field: "text".into(),
+        val_fraction: Some(0.05),
+        on_error: OnError::Stop,
+        save_every: Duration::from_secs(10),
+    };
+    let vocabulary = Vocabulary::Given(tokenizer.clone());
+    let summary = Preparation::find(options)?.run(&vocabulary, &out, &mut |event| {
+        if let Event::Encoding(progress) = event {
+            eprintln!("{} of {} bytes", progress.bytes_done, progress.bytes_total);
+        }
+        ControlFlow::Continue(())
     })?;
-    println!(
-        "{}: {} tokens to train on, {} to validate",
-        out.display(),
-        summary.train_tokens,
-        summary.validation_tokens
-    );
+    let (train, validation) = (summary.train_tokens, summary.validation_tokens);
+    println!("{}: {train} tokens to train on, {validation} to validate", out.display());
 
     let data = DataFolder::open(&out)?;
     let landmarks = Landmarks::Insert { id: 257, mem_freq: 15 };

@@ -26,11 +26,66 @@ pub enum Error {
         /// The place of the first bad byte, counted from 0.
         offset: u64,
     },
-    /// The inputs of a preparation hold no text file.
-    #[error("no text in {inputs:?}: expected .txt files, or folders that hold some")]
+    /// The inputs of a preparation hold no text.
+    #[error("no text in {inputs:?}: expected {expected}, or folders that hold some")]
     NoText {
         /// What was given.
         inputs: Vec<PathBuf>,
+        /// The files that are read.
+        expected: &'static str,
+    },
+    /// An input has nothing in it.
+    #[error("{}: the file is empty (line 1)", path.display())]
+    EmptyFile {
+        /// The file.
+        path: PathBuf,
+    },
+    /// An input is not laid out as its data set is.
+    #[error("{}: {expected}", path.display())]
+    Layout {
+        /// The file or folder.
+        path: PathBuf,
+        /// What should be there.
+        expected: &'static str,
+    },
+    /// A line is not the JSON object that a record is.
+    #[error("{}: line {line} is no record: {message}", path.display())]
+    BadRecord {
+        /// The file.
+        path: PathBuf,
+        /// The line, counted from 1.
+        line: u64,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A record lacks its text.
+    #[error("{}: line {line} has no text in the field {field:?}", path.display())]
+    MissingField {
+        /// The file.
+        path: PathBuf,
+        /// The line (in a table, the row), counted from 1.
+        line: u64,
+        /// The field.
+        field: String,
+    },
+    /// A compressed file ends early or is damaged.
+    #[error("{}: damaged or cut short after line {line}: {source}", path.display())]
+    Archive {
+        /// The file.
+        path: PathBuf,
+        /// The last line (in a table, the last row) that is whole; 0 where there is none.
+        line: u64,
+        /// What the decoder said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The caller asked a preparation to stop; the same one goes on from there.
+    #[error("stopped; the same preparation goes on from here")]
+    Interrupted,
+    /// Another process prepares into the same folder.
+    #[error("{}: another process is preparing into this folder", path.display())]
+    Busy {
+        /// The folder.
+        path: PathBuf,
     },
 
     /// A `tokenizer.json` could not be read as one.

@@ -48,7 +48,7 @@ pub use error::Error;
 pub use folder::{DataFolder, TEST_FILE, TOKENIZER_FILE, TRAIN_FILE, VALIDATION_FILE};
 pub use stream::{Landmarks, Stream, Tokens};
 pub use token_file::{TokenFile, TokenFileInfo, TokenWriter};
-pub use tokenizer::{Decoder, Fingerprint, Tokenizer};
+pub use tokenizer::{BpeTraining, Decoder, Fingerprint, Tokenizer};
 
 /// The result of this crate's calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -38,9 +38,21 @@ pub(crate) fn temporary(path: &Path) -> Result<NamedTempFile> {
 pub(crate) fn commit(file: NamedTempFile, path: &Path) -> Result<()> {
     file.as_file().sync_all().map_err(Error::io(path))?;
     file.persist(path).map_err(|e| Error::Io { path: path.to_path_buf(), source: e.error })?;
-    // The rename itself is durable only once its folder is. Windows cannot open folders, and does not need it.
+    sync_folder(path)
+}
+
+/// Renames the complete and flushed file `from` to `to`, on the same disk.
+pub(crate) fn rename(from: &Path, to: &Path) -> Result<()> {
+    std::fs::rename(from, to).map_err(Error::io(to))?;
+    sync_folder(to)
+}
+
+/// A rename is durable only once the folder of `path` is. Windows cannot open folders, and does not need it.
+fn sync_folder(path: &Path) -> Result<()> {
     #[cfg(unix)]
     File::open(folder_of(path)).and_then(|folder| folder.sync_all()).map_err(Error::io(path))?;
+    #[cfg(not(unix))]
+    let _ = path;
     Ok(())
 }
 

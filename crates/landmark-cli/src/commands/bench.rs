@@ -1,8 +1,9 @@
-//! `landmark bench`: how fast this is here, next to PyTorch in the same run.
+//! `landmark bench`: how fast this is here, next to PyTorch, or to Hugging Face tokenizers, in the same run.
 
 mod memory;
 mod op;
 mod peer;
+mod prepare;
 mod report;
 mod train;
 
@@ -23,6 +24,8 @@ enum What {
     Op(op::Args),
     /// Training a small GPT on the CPU, next to PyTorch's with dense attention
     Train(train::Args),
+    /// Preparing text, next to the encode_batch of Hugging Face tokenizers from Python
+    Prepare(prepare::Args),
     /// Prints the most memory that this process had after a forward and backward pass of the operation
     #[command(hide = true, name = "op_memory")]
     OpMemory(op::Sizes),
@@ -33,6 +36,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.what {
         What::Op(args) => op::run(&args)?,
         What::Train(args) => train::run(&args)?,
+        What::Prepare(args) => prepare::run(&args)?,
         What::OpMemory(sizes) => memory::run(&sizes)?,
     }
     Ok(ExitCode::SUCCESS)

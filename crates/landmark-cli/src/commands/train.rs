@@ -111,8 +111,7 @@ fn corpus(flags: &Flags) -> anyhow::Result<Corpus> {
     let folder = if named.is_dir() { named.as_path() } else { &flags.data_dir };
     let tokenizer = match flags.tokenizer.as_deref() {
         None => None,
-        Some("bytes") => Some(Tokenizer::bytes()),
-        Some(file) => Some(Tokenizer::from_file(file).context("--tokenizer")?),
+        Some(name) => Some(Tokenizer::named(name).context("--tokenizer")?),
     };
     Corpus::open(folder, tokenizer).with_context(|| {
         format!(

@@ -6,43 +6,30 @@
 //! the pieces give the very ids of the whole text. (Tokenizers of the SentencePiece kind mark the start of every text they
 //! are given, so there each border costs one such mark, per 256 KiB.) Text without such a place is cut between characters.
 
-use std::fs::File;
-use std::io::{BufReader, Read, Seek, SeekFrom};
-use std::ops::Range;
-use std::path::{Path, PathBuf};
-
-use crate::{Error, Result};
+use super::cut::border;
+use super::source::Source;
+use crate::Result;
 
 /// The most bytes of a piece.
 const PIECE: usize = 256 << 10;
 
-/// Reads a range of a file piece by piece.
+/// Reads a text piece by piece. The pieces from a piece's end on depend on nothing before it.
 pub(super) struct Pieces {
-    path: PathBuf,
-    source: std::io::Take<BufReader<File>>,
+    source: Source,
     /// What has been read and not yet returned.
     buffer: Vec<u8>,
-    /// Where in the file `buffer` starts.
-    offset: u64,
     piece: usize,
 }
 
 impl Pieces {
-    pub(super) fn open(path: &Path, range: Range<u64>) -> Result<Self> {
-        Self::with_size(path, range, PIECE)
-    }
-
-    fn with_size(path: &Path, range: Range<u64>, piece: usize) -> Result<Self> {
-        let mut file = BufReader::new(File::open(path).map_err(Error::io(path))?);
-        file.seek(SeekFrom::Start(range.start)).map_err(Error::io(path))?;
-        let source = file.take(range.end - range.start);
-        Ok(Self { path: path.to_path_buf(), source, buffer: Vec::new(), offset: range.start, piece })
+    pub(super) fn new(source: Source) -> Self {
+        Self { source, buffer: Vec::new(), piece: PIECE }
     }
 
     /// The next piece; `None` at the end.
     pub(super) fn next(&mut self) -> Result<Option<String>> {
-        let missing = self.piece.saturating_sub(self.buffer.len()) as u64;
-        self.source.by_ref().take(missing).read_to_end(&mut self.buffer).map_err(Error::io(&self.path))?;
+        let missing = self.piece.saturating_sub(self.buffer.len());
+        self.source.fill(&mut self.buffer, missing)?;
         if self.buffer.is_empty() {
             return Ok(None);
         }
@@ -54,49 +41,53 @@ impl Pieces {
             Err(error) if !last && error.error_len().is_none() => {
                 border(&String::from_utf8_lossy(&self.buffer[..error.valid_up_to()]))
             }
-            Err(error) => return Err(self.invalid(error.valid_up_to())),
+            Err(error) => return Err(self.source.invalid_utf8(&self.buffer, error.valid_up_to())),
         };
         let rest = self.buffer.split_off(end);
         let bytes = std::mem::replace(&mut self.buffer, rest);
-        self.offset += bytes.len() as u64;
-        String::from_utf8(bytes).map(Some).map_err(|e| self.invalid(e.utf8_error().valid_up_to()))
+        String::from_utf8(bytes).map(Some).map_err(|e| {
+            // Cannot happen: it was valid above.
+            self.source.invalid_utf8(e.as_bytes(), e.utf8_error().valid_up_to())
+        })
     }
 
-    /// The error for the bad byte at `at` of the buffer. Counting lines reads the file again, which only an error pays for.
-    fn invalid(&self, at: usize) -> Error {
-        let offset = self.offset + at as u64;
-        match newlines(&self.path, offset) {
-            Ok(lines) => Error::InvalidUtf8 { path: self.path.clone(), line: lines + 1, offset },
-            Err(source) => Error::Io { path: self.path.clone(), source },
+    /// Where in the text the next piece starts.
+    pub(super) fn offset(&self) -> u64 {
+        self.source.offset() - self.buffer.len() as u64
+    }
+
+    /// Bytes of the input, as it lies on the disk, that are used up.
+    pub(super) fn disk(&self) -> u64 {
+        self.source.disk()
+    }
+}
+
+/// The pieces of a text that is in memory.
+pub(super) fn split(mut text: String) -> Vec<String> {
+    let mut pieces = Vec::new();
+    while text.len() > PIECE {
+        let mut end = PIECE;
+        while !text.is_char_boundary(end) {
+            end -= 1;
         }
+        let rest = text.split_off(border(&text[..end]));
+        pieces.push(std::mem::replace(&mut text, rest));
     }
-}
-
-fn newlines(path: &Path, end: u64) -> std::io::Result<u64> {
-    let mut count = 0;
-    for byte in BufReader::new(File::open(path)?.take(end)).bytes() {
-        count += u64::from(byte? == b'\n');
-    }
-    Ok(count)
-}
-
-/// The last place in `text` that no tokenizer joins across; the whole of it where there is none.
-fn border(text: &str) -> usize {
-    let letter = |c: Option<char>| c.is_some_and(char::is_alphabetic);
-    let separates =
-        |&(at, _): &(usize, &str)| letter(text[..at].chars().next_back()) && letter(text[at + 1..].chars().next());
-    text.rmatch_indices(' ').find(separates).map_or(text.len(), |(at, _)| at)
+    pieces.push(text);
+    pieces
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::ops::Range;
 
     use proptest::prelude::*;
     use tempfile::NamedTempFile;
 
+    use super::super::layout::{Compression, Division, Format, Input, Set};
     use super::*;
-    use crate::Tokenizer;
+    use crate::{Error, Tokenizer};
 
     fn file(contents: &[u8]) -> NamedTempFile {
         let mut file = NamedTempFile::new().unwrap();
@@ -106,7 +97,14 @@ mod tests {
 
     fn pieces(contents: &[u8], range: Range<u64>, size: usize) -> Result<Vec<String>> {
         let file = file(contents);
-        let mut pieces = Pieces::with_size(file.path(), range, size)?;
+        let input = Input {
+            path: file.path().into(),
+            format: Format::Text,
+            compression: Compression::None,
+            range,
+            division: Division::Fixed(Set::Train),
+        };
+        let mut pieces = Pieces { piece: size, ..Pieces::new(Source::open(&input, 0)?) };
         std::iter::from_fn(|| pieces.next().transpose()).collect()
     }
 

@@ -52,6 +52,7 @@ use memmap2::Mmap;
 use crate::{Error, Fingerprint, Result};
 use header::{BORDER_LEN, HEADER_LEN, Header, Width};
 pub use writer::TokenWriter;
+pub(crate) use writer::{Body, Mark};
 
 /// Bodies up to this size are verified when a file is opened.
 const VERIFY_ON_OPEN: u64 = 64 << 20;

@@ -21,6 +21,18 @@ fn char_to_byte(c: char) -> Option<u8> {
     }
 }
 
+/// The character that `byte` is written as.
+pub(super) fn byte_to_char(byte: u8) -> char {
+    let code = match byte {
+        0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff => u32::from(byte),
+        0x00..=0x20 => 0x100 + u32::from(byte),
+        0x7f..=0xa0 => 0x121 + u32::from(byte - 0x7f),
+        0xad => 0x143,
+    };
+    // Never the replacement: all of these are characters.
+    char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER)
+}
+
 /// The bytes of a token of a byte-level vocabulary. A token with any other character (an added one) is its own text.
 pub(super) fn token_bytes(token: &str) -> Vec<u8> {
     token.chars().map(char_to_byte).collect::<Option<Vec<u8>>>().unwrap_or_else(|| token.as_bytes().to_vec())
@@ -48,7 +60,7 @@ mod tests {
         let theirs = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
         assert_eq!(ours.iter().copied().collect::<std::collections::HashSet<_>>(), theirs.into_iter().collect());
         for (byte, &c) in (0..=255u8).zip(&ours) {
-            assert_eq!(char_to_byte(c), Some(byte));
+            assert_eq!((char_to_byte(c), byte_to_char(byte)), (Some(byte), c));
         }
         assert!((0..0x300).filter_map(char::from_u32).all(|c| ours.contains(&c) == char_to_byte(c).is_some()));
         assert_eq!(token_bytes("Ġthe"), b" the");

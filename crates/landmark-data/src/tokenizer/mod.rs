@@ -1,22 +1,29 @@
 //! Text to token ids and back.
 //!
-//! Two kinds behind one type: plain bytes, which need no file and no training, and any Hugging Face `tokenizer.json`.
+//! Two kinds behind one type: plain bytes, which need no file and no training, and any Hugging Face `tokenizer.json`, GPT-2's
+//! among them, which is built in. [`BpeTraining`] makes a new one from text.
+//!
 //! Text is always encoded as *ordinary* text: a corpus that spells out `<|endoftext|>` or `<landmark>` gets the tokens of
 //! those characters, never the special ids, so no text can forge a document border or a landmark.
 //! [`Tokenizer::encode_with_special`] is for templates that the program itself writes.
 
 mod byte_level;
 mod decoder;
+mod train;
+mod words;
 
 use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
+use rayon::prelude::*;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use tokenizers::DecoderWrapper;
+use tokenizers::{DecoderWrapper, ModelWrapper, PreTokenizerWrapper};
 
 pub use decoder::Decoder;
+pub use train::BpeTraining;
+use words::WordCaches;
 
 use crate::folder::TOKENIZER_FILE;
 use crate::{Error, Result, output};
@@ -26,6 +33,9 @@ const LANDMARK_TOKEN: &str = "<landmark>";
 
 /// How tokenizers spell end-of-text (the file itself does not say which token it is); the first one present counts.
 const END_OF_TEXT_TOKENS: [&str; 5] = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>"];
+
+/// GPT-2's `tokenizer.json`; README.md beside it says where it is from.
+const GPT2: &[u8] = include_bytes!("gpt2.tokenizer.json.zst");
 
 /// Larger files are not the byte tokenizer, however they are formatted (its own is under 5 KB).
 const BYTE_TOKENIZER_FILE_LIMIT: usize = 64 << 10;
@@ -77,12 +87,29 @@ struct HuggingFace {
     landmark: Option<u32>,
     /// Whether a token is a run of bytes, independent of its neighbours.
     byte_level: bool,
+    /// For a tokenizer that cuts a text into GPT-2's words and does nothing else to it.
+    words: Option<WordCaches>,
 }
 
 impl Tokenizer {
     /// The byte tokenizer: ids 0..256 are the bytes of UTF-8, 256 is end-of-text, 257 the landmark.
     pub fn bytes() -> Self {
         Self::with_kind(Kind::Bytes, byte_level::TOKENIZER_JSON.as_bytes().to_vec())
+    }
+
+    /// GPT-2's tokenizer: 50,257 ids, of which 50256 is end-of-text; none is a landmark.
+    pub fn gpt2() -> Result<Self> {
+        let path = Path::new("<built in>");
+        Self::parse(path, zstd::decode_all(GPT2).map_err(Error::io(path))?)
+    }
+
+    /// The tokenizer that a command line names: `bytes`, `gpt2`, or the path of a `tokenizer.json`.
+    pub fn named(name: &str) -> Result<Self> {
+        match name {
+            "bytes" => Ok(Self::bytes()),
+            "gpt2" => Self::gpt2(),
+            path => Self::from_file(path),
+        }
     }
 
     /// Loads a Hugging Face `tokenizer.json`; recognises the one that a byte tokenizer [saves](Self::save).
@@ -119,7 +146,7 @@ impl Tokenizer {
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         match &self.kind {
             Kind::Bytes => Ok(text.bytes().map(u32::from).collect()),
-            Kind::HuggingFace(hf) => encode_one(&hf.ordinary, text),
+            Kind::HuggingFace(hf) => hf.encode(text),
         }
     }
 
@@ -160,14 +187,7 @@ impl Tokenizer {
 
     /// [`Tokenizer::encode`] of many texts, on all cores.
     pub fn encode_batch(&self, texts: &[String]) -> Result<Vec<Vec<u32>>> {
-        match &self.kind {
-            Kind::Bytes => texts.iter().map(|text| self.encode(text)).collect(),
-            Kind::HuggingFace(hf) => {
-                let inputs = texts.iter().map(String::as_str).collect();
-                let encodings = hf.ordinary.encode_batch_fast(inputs, false).map_err(failed("encode"))?;
-                Ok(encodings.iter().map(|encoding| encoding.get_ids().to_vec()).collect())
-            }
-        }
+        texts.par_iter().map(|text| self.encode(text)).collect()
     }
 
     /// The text of `ids`. Special ids are left out; bytes that are not UTF-8 become U+FFFD.
@@ -289,6 +309,13 @@ impl fmt::Debug for Tokenizer {
 }
 
 impl HuggingFace {
+    fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        match &self.words {
+            Some(words) => words.encode(text, |word| encode_one(&self.ordinary, word)),
+            None => encode_one(&self.ordinary, text),
+        }
+    }
+
     fn new(mut inner: tokenizers::Tokenizer) -> tokenizers::Result<Self> {
         // Files in the wild come with the settings of some training run. A corpus must not be cut or padded by them.
         inner.with_truncation(None)?.with_padding(None).set_encode_special_tokens(true);
@@ -298,10 +325,23 @@ impl HuggingFace {
             end_of_text: END_OF_TEXT_TOKENS.iter().find_map(|token| inner.token_to_id(token)),
             landmark: inner.token_to_id(LANDMARK_TOKEN),
             byte_level: matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_))),
+            words: cuts_into_words(&inner).then(WordCaches::default),
             ordinary: inner,
             special: OnceLock::new(),
         })
     }
+}
+
+/// Whether the ids of a text are those of its [words](words::Words), one after another.
+fn cuts_into_words(tokenizer: &tokenizers::Tokenizer) -> bool {
+    let pattern = match tokenizer.get_pre_tokenizer() {
+        Some(PreTokenizerWrapper::ByteLevel(level)) => level.use_regex && !level.add_prefix_space,
+        _ => false,
+    };
+    let model = matches!(tokenizer.get_model(), ModelWrapper::BPE(bpe) if bpe.dropout.is_none());
+    // Special tokens are ordinary text here, others are looked for in the text before it is cut.
+    let special = tokenizer.get_added_tokens_decoder().values().all(|token| token.special);
+    pattern && model && special && tokenizer.get_normalizer().is_none()
 }
 
 fn encode_one(tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<Vec<u32>> {

@@ -1,3 +1,5 @@
+//! Both kinds of tokenizer, what they save, and those that are built in or trained.
+
 use proptest::prelude::*;
 use serde_json::json;
 use tempfile::TempDir;
@@ -176,4 +178,88 @@ fn texts_are_what_ids_add_to_a_text() {
     let texts = sentence_piece().texts();
     let texts: Vec<_> = texts.iter().map(|text| String::from_utf8_lossy(text)).collect();
     assert_eq!(&texts[1..6], [" ", "a", " a", "b", ""]);
+}
+
+#[test]
+fn gpt2_is_built_in() {
+    let gpt2 = Tokenizer::gpt2().unwrap();
+    assert_eq!((gpt2.vocab_size(), gpt2.end_of_text(), gpt2.landmark_id()), (50257, Some(50256), None));
+    // As OpenAI's encoder gives them.
+    let ids = gpt2.encode("Hello, world! It's 2023.\n\n  \u{e9}\u{1f600}<|endoftext|>").unwrap();
+    let expected =
+        [15496, 11, 995, 0, 632, 338, 1160, 1954, 13, 628, 220, 38251, 47249, 222, 27, 91, 437, 1659, 5239, 91, 29];
+    assert_eq!(ids, expected);
+    // The length of the file that is distributed with the model.
+    assert_eq!(gpt2.json.len(), 1_355_256);
+    assert_eq!(Tokenizer::named("gpt2").unwrap().fingerprint(), gpt2.fingerprint());
+    assert_eq!(Tokenizer::named("bytes").unwrap().fingerprint(), Tokenizer::bytes().fingerprint());
+    assert!(matches!(Tokenizer::named("gpt3"), Err(Error::Io { .. })));
+}
+
+/// The ids that the library gives for the whole text.
+fn library(tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
+    let Kind::HuggingFace(hf) = &tokenizer.kind else { panic!("not the library's") };
+    assert!(hf.words.is_some());
+    encode_one(&hf.ordinary, text).unwrap()
+}
+
+#[test]
+fn words_give_the_ids_of_the_library() {
+    let gpt2 = Tokenizer::gpt2().unwrap();
+    proptest!(|(text in "([a-z]{1,9}|[ \n]{1,3}|[0-9.,'!?-]|'(s|re)|\\PC){0,40}")| {
+        // Twice, so that the second time they come from the cache.
+        for _ in 0..2 {
+            prop_assert_eq!(gpt2.encode(&text).unwrap(), library(&gpt2, &text));
+        }
+    });
+}
+
+#[test]
+fn only_a_tokenizer_of_words_is_taken_for_one() {
+    let gpt2 = Tokenizer::gpt2().unwrap();
+    let json: Value = serde_json::from_slice(&gpt2.json).unwrap();
+    let words = |change: &dyn Fn(&mut Value)| {
+        let mut json = json.clone();
+        change(&mut json);
+        let tokenizer = Tokenizer::from_json(json.to_string().as_bytes()).unwrap();
+        let Kind::HuggingFace(hf) = &tokenizer.kind else { panic!("not the library's") };
+        hf.words.is_some()
+    };
+    assert!(words(&|_| {}));
+    assert!(!words(&|json| json["pre_tokenizer"]["add_prefix_space"] = true.into()));
+    assert!(!words(&|json| json["pre_tokenizer"]["use_regex"] = false.into()));
+    assert!(!words(&|json| json["normalizer"] = json!({ "type": "NFC" })));
+    assert!(!words(&|json| json["added_tokens"][0]["special"] = false.into()));
+    assert!(!words(&|json| json["model"]["dropout"] = 0.1.into()));
+    assert!(!words(&|json| json["pre_tokenizer"] = Value::Null));
+}
+
+fn trained(entries: usize, texts: &[&str]) -> Tokenizer {
+    let mut training = BpeTraining::new(entries).unwrap();
+    for batch in texts.chunks(2) {
+        assert!(training.add(batch));
+    }
+    training.finish().unwrap()
+}
+
+#[test]
+fn a_trained_tokenizer_merges_what_is_frequent() {
+    let text = "the cat sat on the mat and the dog sat on the log. ".repeat(20);
+    let tokenizer = trained(270, &[&text, "Then the other.", &text]);
+    assert_eq!((tokenizer.vocab_size(), tokenizer.end_of_text(), tokenizer.landmark_id()), (270, Some(268), Some(269)));
+    assert!(tokenizer.is_byte_level());
+    assert_eq!(tokenizer.encode(" the").unwrap().len(), 1);
+    // Also of what it has never seen.
+    let other = "\u{e9}\u{1f600} <landmark>\n";
+    let ids = tokenizer.encode(other).unwrap();
+    assert_eq!(tokenizer.decode(&ids).unwrap(), other);
+    assert!(ids.iter().all(|&id| id < 268));
+    assert_eq!(ids, library(&tokenizer, other));
+    assert_eq!(tokenizer.encode_with_special("<landmark><|endoftext|>").unwrap(), [269, 268]);
+
+    // The same again, and another one for another text; no more entries than there are merges.
+    assert_eq!(trained(270, &[&text, "Then the other.", &text]).fingerprint(), tokenizer.fingerprint());
+    assert_ne!(trained(270, &[&text.replace("cat", "rat")]).fingerprint(), tokenizer.fingerprint());
+    assert_eq!(trained(10_000, &["ab ab"]).vocab_size(), 259);
+    assert_eq!(trained(258, &[&text]).vocab_size(), 258);
 }

@@ -110,7 +110,7 @@ impl Call {
 
 /// Measures the operation.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let mut peer = args.peer.start(PEER, &[])?;
+    let mut peer = args.peer.start("torch", PEER, &[])?;
     let machine = Machine::measure()?;
     let mut rows = Vec::new();
     for &length in &args.lengths {

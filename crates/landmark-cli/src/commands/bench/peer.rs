@@ -12,7 +12,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 #[derive(clap::Args)]
 #[command(rename_all = "snake_case")]
 pub struct Flags {
-    /// The Python to run PyTorch with
+    /// The Python that the peer runs in
     #[arg(long, value_name = "PATH", default_value = "python3")]
     python: PathBuf,
     /// Measure ours alone
@@ -22,15 +22,16 @@ pub struct Flags {
 
 /// Who ours is compared with.
 pub enum Peer {
-    /// PyTorch, running.
-    Torch(Torch),
+    /// A script, running.
+    Running(Process),
     /// Nobody; what to write where they would stand.
-    Absent(&'static str),
+    Absent(String),
 }
 
 /// The process.
-pub struct Torch {
-    version: String,
+pub struct Process {
+    /// The package and its version.
+    name: String,
     child: Child,
     requests: ChildStdin,
     answers: BufReader<ChildStdout>,
@@ -40,27 +41,28 @@ pub struct Torch {
 #[derive(Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Answer {
-    /// It is ready; its version of PyTorch.
-    Torch(String),
-    /// PyTorch cannot be imported.
+    /// It is ready; the version of its package.
+    #[serde(alias = "torch", alias = "tokenizers")]
+    Ready(String),
+    /// The package cannot be imported.
     Error(String),
     /// How long each call took.
     Seconds(Vec<f64>),
 }
 
 impl Flags {
-    /// Starts a script on as many threads as ours has. Where that cannot be, says on stderr how to get PyTorch.
-    pub fn start(&self, script: &str, arguments: &[String]) -> anyhow::Result<Peer> {
+    /// Starts a script on as many threads as ours has. Where that cannot be, says on stderr how to get the package that it needs.
+    pub fn start(&self, package: &'static str, script: &str, arguments: &[String]) -> anyhow::Result<Peer> {
         if self.no_peer {
-            return Ok(Peer::Absent("not asked"));
+            return Ok(Peer::Absent("not asked".into()));
         }
         let python = self.python.display();
         let missing = |why: String| {
             eprintln!(
-                "torch missing, ours is measured alone: {why}. `pip install torch`, name another Python with --python PATH, or \
-                 pass --no_peer"
+                "{package} missing, ours is measured alone: {why}. `pip install {package}`, name another Python with --python PATH, \
+                 or pass --no_peer"
             );
-            Ok(Peer::Absent("torch missing"))
+            Ok(Peer::Absent(format!("{package} missing")))
         };
         let mut command = Command::new(&self.python);
         command.arg("-c").arg(script).arg(rayon::current_num_threads().to_string()).args(arguments);
@@ -70,11 +72,11 @@ impl Flags {
         };
         let requests = child.stdin.take().expect("it is piped");
         let answers = BufReader::new(child.stdout.take().expect("it is piped"));
-        let mut torch = Torch { version: String::new(), child, requests, answers };
-        match torch.answer().with_context(|| format!("--python {python}"))? {
-            Answer::Torch(version) => {
-                torch.version = version;
-                Ok(Peer::Torch(torch))
+        let mut process = Process { name: package.into(), child, requests, answers };
+        match process.answer().with_context(|| format!("--python {python}"))? {
+            Answer::Ready(version) => {
+                process.name = format!("{package} {version}");
+                Ok(Peer::Running(process))
             }
             Answer::Error(why) => missing(format!("{python} says: {why}")),
             Answer::Seconds(_) => bail!("--python {python}: an answer before the first question"),
@@ -86,24 +88,24 @@ impl Peer {
     /// What to call it.
     pub fn name(&self) -> String {
         match self {
-            Self::Torch(torch) => format!("torch {}", torch.version),
-            Self::Absent(why) => (*why).into(),
+            Self::Running(process) => process.name.clone(),
+            Self::Absent(why) => why.clone(),
         }
     }
 
     /// The seconds of the calls that `request` describes; none if there is no peer.
     pub fn seconds(&mut self, request: &Value) -> anyhow::Result<Vec<f64>> {
-        let Self::Torch(torch) = self else { return Ok(Vec::new()) };
+        let Self::Running(process) = self else { return Ok(Vec::new()) };
         // That the process is gone shows in its answer.
-        let _ = writeln!(torch.requests, "{request}");
-        match torch.answer()? {
+        let _ = writeln!(process.requests, "{request}");
+        match process.answer()? {
             Answer::Seconds(seconds) => Ok(seconds),
             _ => bail!("the peer in Python did not answer what it was asked"),
         }
     }
 }
 
-impl Torch {
+impl Process {
     fn answer(&mut self) -> anyhow::Result<Answer> {
         let mut line = String::new();
         self.answers.read_line(&mut line)?;
@@ -114,7 +116,7 @@ impl Torch {
     }
 }
 
-impl Drop for Torch {
+impl Drop for Process {
     fn drop(&mut self) {
         // It may have ended by itself.
         let _ = self.child.kill();

@@ -41,7 +41,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let batches = batches(&settings)?;
     let model = Gpt::init(&settings.model, settings.seed, DType::F32, &Device::Cpu)?;
     let mut trainer = Trainer::new(&settings, model)?;
-    let mut peer = args.peer.start(PEER, &[peer_sizes(&settings.model)])?;
+    let mut peer = args.peer.start("torch", PEER, &[peer_sizes(&settings.model)])?;
     let machine = Machine::measure()?;
     let (mut ours, mut peers) = (Vec::new(), Vec::new());
     for turn in 0..=args.repeats.get() {
