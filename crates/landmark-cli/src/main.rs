@@ -2,6 +2,7 @@
 
 mod args;
 mod commands;
+mod curves;
 mod files;
 mod interrupt;
 mod machine;

@@ -31,7 +31,7 @@ fn prepared() -> tempfile::TempDir {
     folder
 }
 
-/// The reference's command line as its authors give it, but for the sizes and --wandb.
+/// The reference's command line as its authors give it.
 const SEED: &str = "train --config_format rotary --model landmark --n_embd 1024 --n_head 8 --n_layer 12 --batch_size 16 \
     --sequence_length 512 --acc_steps 8 --wandb_project memory-llm --dataset pg19 --iterations 240000 --dropout 0.0 \
     --positional_encoder rotary --softmax_func mem_opt --mem_freq 50 --wandb --save_checkpoint_freq 20000";
@@ -44,7 +44,6 @@ fn small_seed() -> String {
         ("--acc_steps 8", "--acc_steps 2"),
         ("--iterations 240000", "--iterations 6"),
         ("--save_checkpoint_freq 20000", "--save_checkpoint_freq 2"),
-        (" --wandb ", " "),
     ];
     smaller.into_iter().fold(SEED.to_string(), |line, (from, to)| {
         assert!(line.contains(from));
@@ -55,8 +54,6 @@ fn small_seed() -> String {
 #[test]
 fn the_seeds_command_line_is_understood() {
     let folder = prepared();
-    // Whole, it fails for --wandb alone.
-    assert!(error(folder.path(), SEED).starts_with("landmark: error: --wandb is refused"));
     let output = landmark(folder.path(), &small_seed());
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let log = String::from_utf8(output.stderr).unwrap();
@@ -102,6 +99,39 @@ fn transformer_xl_trains_as_the_reference_spells_it() {
         // Of two values of a flag the last one counts.
         let text = error(folder.path(), &format!("{line} --exp_name other {flags}"));
         assert!(text.contains(reason), "{flags}: {text}");
+    }
+}
+
+/// Optimizers, schedules, models and what is random in training, each learning a little.
+#[test]
+fn what_the_reference_offers_trains() {
+    let folder = prepared();
+    let choices = [
+        "--opt sgd --scheduler linear --lr 0.02",
+        "--opt adafactor --scheduler none --lr 0.01",
+        "--model landmark_with_cmt --enable_rem_score --under_rem_score_prob 0.3",
+        "--model landmark --group_dropout 0.2 --dropout 0.1",
+        "--model landmark --positional_encoder rotary_mem_jump --pos_jump_on_mem 10",
+        "--positional_encoder rotary_mem_jump --pos_jump_on_mem 10",
+        "--model landmark --softmax_func nomem --bias True",
+        "--model landmark --softmax_func ignore_mem --mem_freq 20",
+    ];
+    for (number, choice) in choices.into_iter().enumerate() {
+        let name = format!("run{number}");
+        let output = landmark(
+            folder.path(),
+            &format!(
+                "train --n_embd 32 --n_head 2 --n_layer 2 --batch_size 2 --acc_steps 1 --sequence_length 64 --mem_freq 7 --dataset pg19 \
+                 --iterations 12 --lr 0.01 --exp_name {name} --results_base_folder runs {choice}"
+            ),
+        );
+        assert!(output.status.success(), "{choice}: {}", String::from_utf8_lossy(&output.stderr));
+        let model = choice.strip_prefix("--model ").map_or("base_rotary", |rest| rest.split(' ').next().unwrap());
+        let metrics = folder.path().join("runs/pg19").join(model).join(name).join("metrics.jsonl");
+        let metrics = fs::read_to_string(metrics).unwrap();
+        let line = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64();
+        let losses: Vec<f64> = metrics.lines().filter_map(line).collect();
+        assert!(losses.len() == 12 && losses[11] < losses[0] - 0.1, "{choice}: {losses:?}");
     }
 }
 
@@ -151,9 +181,10 @@ fn refused_flags_say_why() {
     let folder = tempfile::tempdir().unwrap();
     let xl = "--optimization_process transformer_xl";
     let cases = [
-        ("--wandb", "wandb is refused: Weights & Biases"),
         ("--distributed_backend nccl", "distributed_backend nccl is refused: this build trains on one device"),
-        ("--opt adafactor", "opt adafactor is refused: it is not available yet"),
+        ("--opt sgd --beta1 0.5", "beta1 is refused: it belongs to --opt adamw"),
+        ("--group_dropout 0.1", "group_dropout is refused: --model base_rotary has no blocks"),
+        ("--softmax_func nomem", "softmax_func is refused: --model base_rotary"),
         ("--total_sequence_length 2048", "total_sequence_length is refused: it belongs to --optimization_process"),
         (
             "--allow_cache_during_training",

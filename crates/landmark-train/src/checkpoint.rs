@@ -63,17 +63,32 @@ pub fn save<T: Serialize>(
     state: T,
     fill: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<PathBuf> {
-    let path = path(experiment, iteration);
     let beside = hidden(experiment, iteration, "new");
     remove(&beside)?;
-    fs::create_dir_all(&beside).map_err(Error::io("create", &beside))?;
-    fill(&beside)?;
+    let saved = write(experiment, iteration, state, &beside, fill);
+    if saved.is_err() {
+        // On a full disk it is in the way. What went wrong before is what counts.
+        let _ = remove(&beside);
+    }
+    saved
+}
+
+fn write<T: Serialize>(
+    experiment: &Path,
+    iteration: usize,
+    state: T,
+    beside: &Path,
+    fill: impl FnOnce(&Path) -> Result<()>,
+) -> Result<PathBuf> {
+    let path = path(experiment, iteration);
+    fs::create_dir_all(beside).map_err(Error::io("create", beside))?;
+    fill(beside)?;
     let state = serde_json::to_vec_pretty(&Versioned { version: VERSION, iteration, state });
     let state_path = beside.join(STATE);
     let state = state.map_err(|error| Error::format(&state_path, error))?;
     fs::write(&state_path, state).map_err(Error::io("write", &state_path))?;
     let mut sums = String::new();
-    for name in names(&beside)? {
+    for name in names(beside)? {
         let file = beside.join(&name);
         files::sync_file(&file)?;
         sums += &format!("{}  {name}\n", files::sha256(&file)?);
@@ -85,7 +100,7 @@ pub fn save<T: Serialize>(
         remove(&old)?;
         fs::rename(&path, &old).map_err(Error::io("move away", &path))?;
     }
-    fs::rename(&beside, &path).map_err(Error::io("rename to", &path))?;
+    fs::rename(beside, &path).map_err(Error::io("rename to", &path))?;
     files::sync_folder(experiment)?;
     remove(&old)?;
     Ok(path)
@@ -266,8 +281,10 @@ mod tests {
     #[test]
     fn leftovers_are_no_checkpoints_and_are_cleaned() {
         let folder = experiment(&[1]);
-        let failed = save(folder.path(), 2, Json::Null, |path| Err(Error::format(path, "killed here")));
+        let failed = save(folder.path(), 2, Json::Null, |path| Err(Error::format(path, "no space")));
         assert!(failed.is_err());
+        assert_eq!(names(folder.path()).unwrap(), ["ckpt_1"], "a failed save leaves nothing");
+        fs::create_dir(hidden(folder.path(), 2, "new")).unwrap();
         assert_eq!(iterations(folder.path()).unwrap(), [1]);
         assert_eq!(clean(folder.path()).unwrap(), [".ckpt_2.new.tmp"]);
         assert_eq!(names(folder.path()).unwrap(), ["ckpt_1"]);

@@ -94,6 +94,9 @@ pub enum Error {
         /// The loss.
         loss: f64,
     },
+    /// A sample could not be made.
+    #[error("the sample after a training step: {0}")]
+    Sample(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// An error of the data.
     #[error(transparent)]
     Data(#[from] landmark_data::Error),

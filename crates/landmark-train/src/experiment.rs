@@ -4,7 +4,7 @@ use crate::checkpoint::{self, Found};
 use crate::data::{Data, Identity};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::metrics::Metrics;
+use crate::logs::{Logs, Wandb};
 use crate::settings::Settings;
 use crate::trainer::Trainer;
 use serde::{Deserialize, Serialize};
@@ -51,7 +51,7 @@ struct Summary<'a> {
 /// The folder, held against other processes.
 pub(crate) struct Experiment {
     folder: PathBuf,
-    metrics: Metrics,
+    logs: Logs,
     /// The iteration of the newest checkpoint that is whole.
     saved: Option<usize>,
     _lock: File,
@@ -66,7 +66,9 @@ pub fn is_finished(folder: &Path) -> bool {
 /// may want to know.
 pub(crate) fn start(
     folder: &Path,
+    settings: &Settings,
     resume: bool,
+    wandb: Option<&Wandb>,
     note: &mut dyn FnMut(String),
 ) -> Result<Option<(Experiment, Option<Found<State>>)>> {
     fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
@@ -82,8 +84,6 @@ pub(crate) fn start(
     }
     let found = if resume { checkpoint::latest::<State>(folder)? } else { None };
     let saved = found.as_ref().map(|found| found.iteration);
-    let metrics = Metrics::open(&folder.join("metrics.jsonl"), saved.unwrap_or(0))?;
-    let experiment = Experiment { folder: folder.to_path_buf(), metrics, saved, _lock: lock };
     match &found {
         Some(found) => {
             for error in &found.skipped {
@@ -93,7 +93,11 @@ pub(crate) fn start(
         None if resume => note(format!("no checkpoint in {} yet: starting from the first iteration", folder.display())),
         None => {}
     }
-    Ok(Some((experiment, found)))
+    if let Some(found) = &found {
+        settings.check_same_run(&found.state.settings, &found.path)?;
+    }
+    let logs = Logs::open(folder, saved.unwrap_or(0), settings, wandb, note)?;
+    Ok(Some((Experiment { folder: folder.to_path_buf(), logs, saved, _lock: lock }, found)))
 }
 
 /// Two processes in one folder would remove each other's files. The system drops the lock with the process.
@@ -110,9 +114,9 @@ fn lock(folder: &Path) -> Result<File> {
 }
 
 impl Experiment {
-    /// Appends a line to the metrics.
-    pub(crate) fn record(&mut self, line: &impl Serialize) -> Result<()> {
-        self.metrics.append(line)
+    /// What the run tells of itself.
+    pub(crate) fn logs(&mut self) -> &mut Logs {
+        &mut self.logs
     }
 
     /// Saves a checkpoint, unless this iteration has one. Returns its folder if one was made.
@@ -127,8 +131,8 @@ impl Experiment {
         if self.saved == Some(iteration) {
             return Ok(None);
         }
-        // A resumed run cuts the metrics at its checkpoint: they must not end before it.
-        self.metrics.sync()?;
+        // A resumed run cuts the logs at its checkpoint: they must not end before it.
+        self.logs.sync()?;
         let state = State {
             settings: settings.clone(),
             next_batch: iteration as u64 * settings.acc_steps as u64,

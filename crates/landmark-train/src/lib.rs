@@ -43,12 +43,13 @@
 //! # }
 //! ```
 
+mod adafactor;
 pub mod checkpoint;
 mod data;
 mod error;
 mod experiment;
 mod files;
-mod metrics;
+mod logs;
 mod optimizer;
 mod process;
 mod run;
@@ -60,9 +61,10 @@ mod update;
 pub use data::{Corpus, Data, Vocabulary, border_rule};
 pub use error::{Error, Result};
 pub use experiment::{History, is_finished};
+pub use logs::Wandb;
 pub use optimizer::{Gradients, Method, Optimizer};
 pub use process::Process;
-pub use run::{Event, Limits, Outcome, train};
+pub use run::{Event, Limits, Outcome, Sample, Writing, train};
 pub use schedule::{Anneal, Schedule};
 pub use settings::Settings;
 pub use trainer::{Evaluation, Step, Trainer, evaluate};

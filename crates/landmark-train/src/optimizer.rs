@@ -1,5 +1,6 @@
 //! The optimizer: parameter groups, gradients over micro-steps, clipping, and one step over all parameters.
 
+use crate::adafactor::{self, Adafactor};
 use crate::error::{Error, Result};
 use crate::update::{AdamW, AddAssign, Buffer, Sgd, sum_of_squares};
 use candle_core::{Tensor, Var, backprop::GradStore};
@@ -22,14 +23,20 @@ pub enum Method {
     },
     /// Gradient descent with momentum 0.9.
     Sgd,
+    /// Adafactor at the learning rate of the schedule, without a first moment, with decoupled weight decay.
+    Adafactor,
 }
 
 impl Method {
-    /// The names of what is remembered for each parameter.
-    fn states(&self) -> &'static [&'static str] {
+    /// What is remembered for a parameter of these dimensions: names and shapes.
+    fn states(&self, dims: &[usize]) -> Vec<(&'static str, Vec<usize>)> {
         match self {
-            Self::AdamW { .. } => &["exp_avg", "exp_avg_sq"],
-            Self::Sgd => &["momentum"],
+            Self::AdamW { .. } => vec![("exp_avg", dims.to_vec()), ("exp_avg_sq", dims.to_vec())],
+            Self::Sgd => vec![("momentum", dims.to_vec())],
+            Self::Adafactor => {
+                let [rows, columns] = adafactor::state_shapes(dims);
+                vec![("exp_avg_sq_row", rows), ("exp_avg_sq_col", columns)]
+            }
         }
     }
 }
@@ -63,8 +70,9 @@ impl Optimizer {
         clip: Option<f64>,
     ) -> Result<Self> {
         let slot = |(name, var): (&String, &Var)| -> Result<Slot> {
-            let zeros = || Buffer::zeros(var.dtype(), var.elem_count());
-            let state = method.states().iter().map(|_| zeros()).collect::<candle_core::Result<_>>()?;
+            let zeros = |shape: &[usize]| Buffer::zeros(var.dtype(), shape.iter().product());
+            let states = method.states(var.dims());
+            let state = states.iter().map(|(_, shape)| zeros(shape)).collect::<candle_core::Result<_>>()?;
             Ok(Slot { name: name.clone(), var: var.clone(), decayed: decays(name, var), state })
         };
         let slots = parameters.iter().map(slot).collect::<Result<_>>()?;
@@ -114,6 +122,10 @@ impl Optimizer {
                     let op = Sgd { momentum: RefCell::new(momentum), scale, rate, decay };
                     slot.var.inplace_op2(gradient, &op)?;
                 }
+                (Method::Adafactor, [rows, columns]) => {
+                    let op = Adafactor { squares: RefCell::new((rows, columns)), scale, rate, decay, step: self.step };
+                    slot.var.inplace_op2(gradient, &op)?;
+                }
                 _ => unreachable!("every slot holds the states that its method names"),
             }
         }
@@ -123,12 +135,12 @@ impl Optimizer {
     /// Writes the state of every parameter, by name, into a safetensors file.
     pub fn save(&self, path: &Path) -> Result<()> {
         let entries = self.entries();
-        let views = entries.iter().map(|(name, slot, state)| {
+        let views = entries.iter().map(|(name, shape, state)| {
             let dtype = match state {
                 Buffer::F32(_) => Dtype::F32,
                 Buffer::F64(_) => Dtype::F64,
             };
-            Ok((name, TensorView::new(dtype, slot.var.dims().to_vec(), state.bytes())?))
+            Ok((name, TensorView::new(dtype, shape.clone(), state.bytes())?))
         });
         let views = views.collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>();
         let metadata = [("step".to_string(), self.step.to_string())].into();
@@ -143,13 +155,13 @@ impl Optimizer {
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|error| Error::format(path, error))?;
         let step = header.metadata().as_ref().and_then(|fields| fields.get("step")?.parse().ok());
         let tensors = SafeTensors::deserialize(&bytes).map_err(|error| Error::format(path, error))?;
-        let states = self.method.states();
         for slot in &mut self.slots {
-            for (state, kind) in slot.state.iter_mut().zip(states) {
+            let states = self.method.states(slot.var.dims());
+            for (state, (kind, shape)) in slot.state.iter_mut().zip(states) {
                 let name = format!("{}.{kind}", slot.name);
                 let view = tensors.tensor(&name).map_err(|error| Error::format(path, error))?;
                 let to = state.bytes_mut();
-                if view.data().len() != to.len() || view.shape() != slot.var.dims() {
+                if view.data().len() != to.len() || view.shape() != shape {
                     return Err(Error::format(path, format!("{name} does not have the shape and type of its weight")));
                 }
                 to.copy_from_slice(view.data());
@@ -159,12 +171,12 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Every state with its name in the file.
-    fn entries(&self) -> Vec<(String, &Slot, &Buffer)> {
+    /// Every state with its name and shape in the file.
+    fn entries(&self) -> Vec<(String, Vec<usize>, &Buffer)> {
         let mut entries = Vec::new();
         for slot in &self.slots {
-            for (state, kind) in slot.state.iter().zip(self.method.states()) {
-                entries.push((format!("{}.{kind}", slot.name), slot, state));
+            for (state, (kind, shape)) in slot.state.iter().zip(self.method.states(slot.var.dims())) {
+                entries.push((format!("{}.{kind}", slot.name), shape, state));
             }
         }
         entries
@@ -250,6 +262,7 @@ mod tests {
                                     let (m, v) = (m / (1. - f64::powi(beta1, t)), v / (1. - f64::powi(beta2, t)));
                                     p -= rate * m / (v.sqrt() + 1e-8);
                                 }
+                                Method::Adafactor => unreachable!("it has a test of its own"),
                                 Method::Sgd => {
                                     m = 0.9 * m + g + decay * p;
                                     p -= rate * m;
@@ -258,6 +271,61 @@ mod tests {
                         }
                         assert!((ours - p).abs() < tolerance, "{name} {method:?}: {ours} is not {p}");
                     }
+                }
+            }
+        }
+    }
+
+    /// Three steps on a matrix that decays and a vector, as `transformers` 4.40's Adafactor(scale_parameter=False,
+    /// relative_step=False) makes them.
+    #[test]
+    fn adafactor_is_that_of_transformers() {
+        let recorded = [
+            [
+                -0.01993132086224106,
+                0.06229728534244241,
+                0.05374998335383944,
+                0.0012991035826952803,
+                -0.056493355717399676,
+                -0.0558048810554041,
+                -0.0189104003479318,
+                0.048247214832666405,
+                0.06082117071889353,
+                0.006977427262743157,
+                -0.04021285348946954,
+                -0.06334300912256745,
+            ]
+            .as_slice(),
+            &[
+                -0.020030561201759674,
+                0.06638945178557833,
+                0.05231903795707224,
+                -0.011371431335946904,
+                -0.05748936349066943,
+            ],
+        ];
+        for (dtype, tolerance) in [(DType::F64, 1e-14), (DType::F32, 1e-7)] {
+            let var = |shape: &[usize]| {
+                let count: usize = shape.iter().product();
+                let values: Vec<f64> = (0..count).map(|i| (i as f64).sin() * 0.1).collect();
+                let values = Tensor::from_vec(values, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+                Var::from_tensor(&values).unwrap()
+            };
+            let parameters: BTreeMap<String, Var> =
+                [("a.weight", var(&[4, 3])), ("b.bias", var(&[5]))].map(|(name, var)| (name.into(), var)).into();
+            let mut optimizer = Optimizer::new(&parameters, Method::Adafactor, 0.1, None).unwrap();
+            for (step, rate, slope) in [(1., 1e-2, 0.01), (2., 2e-2, 0.01), (3., 1e-2, 1.)] {
+                let gradient = |var: &Var| {
+                    let waves = (0..var.elem_count()).map(|i| (i as f64 * step).cos() * slope).collect::<Vec<_>>();
+                    let waves = Tensor::from_vec(waves, var.shape(), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+                    Some((waves + var.as_tensor()).unwrap())
+                };
+                let gradients = Gradients(parameters.values().map(gradient).collect());
+                optimizer.step(&gradients, rate).unwrap();
+            }
+            for (var, recorded) in parameters.values().zip(recorded) {
+                for (ours, recorded) in values(var).into_iter().zip(recorded) {
+                    assert!((ours - recorded).abs() < tolerance, "{dtype:?}: {ours} is not {recorded}");
                 }
             }
         }
@@ -283,7 +351,7 @@ mod tests {
     fn a_saved_state_goes_on_as_if_it_had_never_been_saved() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("optimizer.safetensors");
-        for method in [ADAMW, Method::Sgd] {
+        for method in [ADAMW, Method::Adafactor, Method::Sgd] {
             let parameters = parameters(DType::F32);
             let mut optimizer = Optimizer::new(&parameters, method, 0.1, None).unwrap();
             step(&mut optimizer, &parameters, &[1.], 1e-3);

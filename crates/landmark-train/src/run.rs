@@ -4,11 +4,11 @@ use crate::checkpoint::{self, Found};
 use crate::data::Data;
 use crate::error::{Error, Result};
 use crate::experiment::{self, Experiment, History, State};
+use crate::logs::{Logs, Wandb};
 use crate::settings::Settings;
 use crate::trainer::{Evaluation, Step, Trainer, evaluate};
 use candle_core::{DType, Device};
 use landmark_models::gpt::Gpt;
-use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -27,7 +27,23 @@ pub struct Limits<'a> {
     pub stop: Option<&'a AtomicBool>,
     /// Stop after so much time.
     pub time: Option<Duration>,
+    /// Beside the logs that every experiment's folder has, a run of Weights & Biases.
+    pub wandb: Option<&'a Wandb>,
+    /// Let the model write now and then.
+    pub sample: Option<Sample<'a>>,
 }
+
+/// What a model writes as it trains.
+pub struct Sample<'a> {
+    /// After every so many iterations, and after the last one.
+    pub every: usize,
+    /// What the model writes after an iteration.
+    pub text: &'a Writing<'a>,
+}
+
+/// Gives what a model writes after an iteration, or why it cannot.
+pub type Writing<'a> =
+    dyn Fn(&Gpt, usize) -> std::result::Result<String, Box<dyn std::error::Error + Send + Sync>> + 'a;
 
 /// What happens in a run, for whoever shows it.
 #[derive(Debug)]
@@ -40,6 +56,8 @@ pub enum Event<'a> {
     Step(usize, &'a Step, Duration),
     /// The model was evaluated after an iteration; how long it took.
     Evaluated(usize, &'a Evaluation, Duration),
+    /// The model wrote something after an iteration.
+    Sampled(usize, &'a str),
     /// A checkpoint was saved; how long it took.
     Saved(&'a Path, Duration),
 }
@@ -66,27 +84,6 @@ pub enum Outcome {
     },
 }
 
-/// A line of the metrics.
-#[derive(Serialize)]
-struct StepLine {
-    iteration: usize,
-    loss: f64,
-    lr: f64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    grad_norm: Option<f64>,
-    tokens_per_second: f64,
-}
-
-/// A line of the metrics.
-#[derive(Serialize)]
-struct EvaluationLine {
-    iteration: usize,
-    val_loss: f64,
-    val_perplexity: f64,
-    val_accuracy: f64,
-    seconds: f64,
-}
-
 /// Trains a model. `observe` is told of every step.
 pub fn train(
     settings: &Settings,
@@ -99,42 +96,40 @@ pub fn train(
     settings.check()?;
     let (mut experiment, found) = match limits.experiment {
         None => (None, None),
-        Some(folder) => match experiment::start(folder, limits.resume, &mut |note| observe(Event::Note(note)))? {
-            None => return Ok(Outcome::AlreadyFinished),
-            Some((experiment, found)) => (Some(experiment), found),
-        },
+        Some(folder) => {
+            let note = &mut |note| observe(Event::Note(note));
+            match experiment::start(folder, settings, limits.resume, limits.wandb, note)? {
+                None => return Ok(Outcome::AlreadyFinished),
+                Some((experiment, found)) => (Some(experiment), found),
+            }
+        }
     };
-    let (mut trainer, mut history) = match found {
+    let (trainer, history) = match found {
         Some(found) => resume(settings, data, device, found, observe)?,
         None => {
             let model = Gpt::init(&settings.model, settings.seed, DType::F32, device)?;
             (Trainer::new(settings, model)?, History::default())
         }
     };
-    observe(Event::Begin(trainer.iteration(), settings.iterations));
-    while trainer.iteration() < settings.iterations {
-        advance(settings, data, &mut trainer, &mut history, experiment.as_mut(), observe)?;
-        let iteration = trainer.iteration();
-        let stopped = limits.stop.is_some_and(|stop| stop.load(Ordering::Relaxed))
-            || limits.time.is_some_and(|time| begun.elapsed() >= time);
-        let is_last = iteration == settings.iterations;
-        let is_due = settings.save_checkpoint_freq.is_some_and(|every| iteration.is_multiple_of(every));
-        if let Some(experiment) = experiment.as_mut().filter(|_| is_due || is_last || stopped) {
-            let begun = Instant::now();
-            if let Some(path) = experiment.save(settings, data, &trainer, &history)? {
-                observe(Event::Saved(&path, begun.elapsed()));
-            }
-        }
-        if stopped && !is_last {
-            let checkpoint = limits.experiment.map(|folder| checkpoint::path(folder, iteration));
-            return Ok(Outcome::Stopped { model: trainer.into_model(), iteration, checkpoint });
-        }
+    let deadline = limits.time.and_then(|time| begun.checked_add(time));
+    let outcome =
+        Loop { settings, data, limits, deadline, trainer, history, experiment: experiment.as_mut(), observe }.run();
+    let Some(mut experiment) = experiment else { return outcome };
+    let closed = experiment.logs().close(match &outcome {
+        Ok(Outcome::Stopped { .. }) => INTERRUPTED,
+        Ok(_) => 0,
+        Err(_) => 1,
+    });
+    let outcome = outcome?;
+    closed?;
+    if let Outcome::Finished { history, .. } = &outcome {
+        experiment.finish(settings, history)?;
     }
-    if let Some(experiment) = &experiment {
-        experiment.finish(settings, &history)?;
-    }
-    Ok(Outcome::Finished { model: trainer.into_model(), history })
+    Ok(outcome)
 }
+
+/// The exit code that W&B's library logs for Ctrl-C.
+const INTERRUPTED: i32 = 255;
 
 /// The trainer as a checkpoint left it, if the same settings and data made the checkpoint.
 fn resume(
@@ -145,7 +140,6 @@ fn resume(
     observe: &mut dyn FnMut(Event),
 ) -> Result<(Trainer, History)> {
     let Found { path, iteration, state, .. } = found;
-    settings.check_same_run(&state.settings, &path)?;
     let other = |setting: &str, saved: String, given: String| {
         Err(Error::OtherRun { path: path.clone(), setting: setting.into(), saved, given })
     };
@@ -161,49 +155,93 @@ fn resume(
     Ok((trainer, state.history))
 }
 
-/// One iteration, and the evaluation if one is due.
-fn advance(
-    settings: &Settings,
-    data: &Data,
-    trainer: &mut Trainer,
-    history: &mut History,
-    mut experiment: Option<&mut Experiment>,
-    observe: &mut dyn FnMut(Event),
-) -> Result<()> {
-    let begun = Instant::now();
-    let first = trainer.iteration() as u64 * settings.acc_steps as u64;
-    let batches = (0..settings.acc_steps as u64).map(|micro| data.train.batch(settings.seed, first + micro));
-    let step = trainer.step(batches)?;
-    let (iteration, took) = (trainer.iteration(), begun.elapsed());
-    observe(Event::Step(iteration, &step, took));
-    if let Some(experiment) = experiment.as_deref_mut() {
-        let tokens_per_second = step.tokens as f64 / took.as_secs_f64().max(1e-9);
-        let Step { loss, lr, grad_norm, .. } = step;
-        experiment.record(&StepLine { iteration, loss, lr, grad_norm, tokens_per_second })?;
+/// A run that goes on.
+struct Loop<'a, 'l> {
+    settings: &'a Settings,
+    data: &'a Data,
+    limits: &'a Limits<'l>,
+    deadline: Option<Instant>,
+    trainer: Trainer,
+    history: History,
+    experiment: Option<&'a mut Experiment>,
+    observe: &'a mut dyn FnMut(Event),
+}
+
+impl Loop<'_, '_> {
+    /// To the last iteration, or to where it is stopped.
+    fn run(mut self) -> Result<Outcome> {
+        (self.observe)(Event::Begin(self.trainer.iteration(), self.settings.iterations));
+        while self.trainer.iteration() < self.settings.iterations {
+            self.step()?;
+            let iteration = self.trainer.iteration();
+            if self.is_due(self.settings.eval_freq) {
+                self.evaluate()?;
+            }
+            if let Some(sample) = self.limits.sample.as_ref().filter(|sample| self.is_due(sample.every)) {
+                let text = (sample.text)(self.trainer.model(), iteration).map_err(Error::Sample)?;
+                (self.observe)(Event::Sampled(iteration, &text));
+                self.log(|logs| logs.sample(iteration, &text))?;
+            }
+            let stopped = self.limits.stop.is_some_and(|stop| stop.load(Ordering::Relaxed))
+                || self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
+            let is_last = iteration == self.settings.iterations;
+            if stopped || is_last || self.settings.save_checkpoint_freq.is_some_and(|every| self.is_due(every)) {
+                self.save()?;
+            }
+            if stopped && !is_last {
+                let checkpoint = self.limits.experiment.map(|folder| checkpoint::path(folder, iteration));
+                return Ok(Outcome::Stopped { model: self.trainer.into_model(), iteration, checkpoint });
+            }
+        }
+        Ok(Outcome::Finished { model: self.trainer.into_model(), history: self.history })
     }
-    if !iteration.is_multiple_of(settings.eval_freq) && iteration != settings.iterations {
-        return Ok(());
+
+    /// Whether this is an iteration for what happens every so many, and after the last one.
+    fn is_due(&self, every: usize) -> bool {
+        let iteration = self.trainer.iteration();
+        iteration.is_multiple_of(every) || iteration == self.settings.iterations
     }
-    history.iterations.push(iteration);
-    history.train_loss.push(step.loss);
-    let Some(batches) = &data.validation else { return Ok(()) };
-    let begun = Instant::now();
-    let batches = (0..EVALUATION_BATCHES).map(|index| batches.batch(settings.seed, index));
-    let evaluation = evaluate(trainer.model(), settings.optimization_process, batches)?;
-    if !evaluation.loss.is_finite() {
-        return Err(Error::Diverged { iteration, loss: evaluation.loss });
+
+    fn log(&mut self, log: impl FnOnce(&mut Logs) -> Result<()>) -> Result<()> {
+        self.experiment.as_mut().map_or(Ok(()), |experiment| log(experiment.logs()))
     }
-    let took = begun.elapsed();
-    observe(Event::Evaluated(iteration, &evaluation, took));
-    history.val_loss.push(evaluation.loss);
-    history.val_acc.push(evaluation.accuracy);
-    experiment.map_or(Ok(()), |experiment| {
-        experiment.record(&EvaluationLine {
-            iteration,
-            val_loss: evaluation.loss,
-            val_perplexity: evaluation.perplexity(),
-            val_accuracy: evaluation.accuracy,
-            seconds: took.as_secs_f64(),
-        })
-    })
+
+    fn step(&mut self) -> Result<()> {
+        let begun = Instant::now();
+        let Settings { seed, acc_steps, .. } = *self.settings;
+        let first = self.trainer.iteration() as u64 * acc_steps as u64;
+        let batches = (0..acc_steps as u64).map(|micro| self.data.train.batch(seed, first + micro));
+        let step = self.trainer.step(batches)?;
+        let (iteration, took) = (self.trainer.iteration(), begun.elapsed());
+        (self.observe)(Event::Step(iteration, &step, took));
+        if self.is_due(self.settings.eval_freq) {
+            self.history.iterations.push(iteration);
+            self.history.train_loss.push(step.loss);
+        }
+        self.log(|logs| logs.step(iteration, &step, took))
+    }
+
+    fn evaluate(&mut self) -> Result<()> {
+        let Some(batches) = &self.data.validation else { return Ok(()) };
+        let (begun, iteration) = (Instant::now(), self.trainer.iteration());
+        let batches = (0..EVALUATION_BATCHES).map(|index| batches.batch(self.settings.seed, index));
+        let evaluation = evaluate(self.trainer.model(), self.settings.optimization_process, batches)?;
+        if !evaluation.loss.is_finite() {
+            return Err(Error::Diverged { iteration, loss: evaluation.loss });
+        }
+        let took = begun.elapsed();
+        (self.observe)(Event::Evaluated(iteration, &evaluation, took));
+        self.history.val_loss.push(evaluation.loss);
+        self.history.val_acc.push(evaluation.accuracy);
+        self.log(|logs| logs.evaluation(iteration, &evaluation, took))
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let begun = Instant::now();
+        let Some(experiment) = self.experiment.as_mut() else { return Ok(()) };
+        if let Some(path) = experiment.save(self.settings, self.data, &self.trainer, &self.history)? {
+            (self.observe)(Event::Saved(&path, begun.elapsed()));
+        }
+        Ok(())
+    }
 }

@@ -92,6 +92,25 @@ mod tests {
         }
     }
 
+    /// `OneCycleLR(max_lr=2e-3, total_steps=100, pct_start=0.205, anneal_strategy='linear', cycle_momentum=False, div_factor=1e2,
+    /// final_div_factor=0.05)` of PyTorch 2.15; the peak falls between two steps.
+    #[test]
+    fn linear_is_that_of_pytorch() {
+        let recorded = [
+            (0, 2e-05),
+            (1, 0.00012153846153846153),
+            (5, 0.0005276923076923077),
+            (19, 0.0019492307692307693),
+            (20, 0.0019899371069182392),
+            (21, 0.001969811320754717),
+            (60, 0.0011849056603773585),
+            (99, 0.00039999999999999996),
+        ];
+        for (step, rate) in recorded {
+            assert!((schedule(Anneal::Linear, 0.205, 100).rate(step) - rate).abs() < 1e-15, "step {step}");
+        }
+    }
+
     #[test]
     fn no_warmup_and_single_steps_are_finite() {
         assert_eq!(schedule(Anneal::None, 0.02, 10).rate(7), 2e-3);

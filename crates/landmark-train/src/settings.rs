@@ -111,6 +111,9 @@ impl Settings {
             if mem_cache_size == 0 {
                 return Err(Error::setting("mem_cache_size", "0 is too small, expected at least 1"));
             }
+            if self.model.pos_jump_on_mem.is_some_and(|jump| jump > 0) {
+                return Err(Error::setting("pos_jump_on_mem", "the positions of transformer_xl do not jump"));
+            }
             let has_landmarks = self.model.model != Variant::BaseRotary && self.model.mem_freq.is_some();
             if has_landmarks || self.model.model == Variant::LandmarkWithCmt {
                 let message = "transformer_xl has a plain softmax: use --model base_rotary, or --model landmark with --mem_freq None";

@@ -57,15 +57,16 @@ macro_rules! typed {
         }
     };
 }
+pub(crate) use typed;
 
-fn range<'a, T>(data: &'a [T], layout: &Layout) -> Result<&'a [T]> {
+pub(crate) fn range<'a, T>(data: &'a [T], layout: &Layout) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&data[start..end]),
         None => bail!("an optimizer step needs contiguous gradients"),
     }
 }
 
-fn range_mut<'a, T>(data: &'a mut [T], layout: &Layout) -> Result<&'a mut [T]> {
+pub(crate) fn range_mut<'a, T>(data: &'a mut [T], layout: &Layout) -> Result<&'a mut [T]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&mut data[start..end]),
         None => bail!("an optimizer step needs contiguous parameters"),

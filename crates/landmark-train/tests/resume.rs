@@ -49,7 +49,7 @@ fn data(settings: &Settings) -> Data {
 /// Trains in a folder until `stop_at`, if anywhere.
 fn run(settings: &Settings, folder: &Path, resume: bool, stop_at: Option<usize>) -> Result<Outcome, Error> {
     let stop = AtomicBool::new(false);
-    let limits = Limits { experiment: Some(folder), resume, stop: Some(&stop), time: None };
+    let limits = Limits { experiment: Some(folder), resume, stop: Some(&stop), ..Limits::default() };
     train(settings, &data(settings), &Device::Cpu, &limits, &mut |event| {
         if let Event::Step(iteration, ..) = event {
             stop.store(Some(iteration) == stop_at, Ordering::Relaxed);
@@ -105,7 +105,8 @@ fn transformer_xl() -> Settings {
 #[test]
 fn a_stopped_and_resumed_run_ends_as_one_that_was_not() {
     let at_borders = Settings { model: GptConfig { landmarks: Placement::Sentence, ..settings().model }, ..settings() };
-    for settings in [at_borders, Settings { opt: Method::Sgd, ..settings() }, transformer_xl()] {
+    let with = |opt| Settings { opt, ..settings() };
+    for settings in [at_borders, with(Method::Sgd), with(Method::Adafactor), transformer_xl()] {
         let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         assert!(matches!(run(&settings, whole.path(), false, None).unwrap(), Outcome::Finished { .. }));
         for (resume, stop_at) in [(false, 2), (true, 3), (true, 8), (true, 11)] {

@@ -6,6 +6,7 @@ pub mod demo;
 pub mod eval;
 pub mod generate;
 pub mod passkey;
+pub mod plot;
 pub mod prepare;
 pub mod train;
 
@@ -21,6 +22,8 @@ pub enum Command {
     Train(Box<train::Args>),
     /// Perplexity and accuracy over texts of any length, and the paper's tables
     Eval(Box<eval::Args>),
+    /// Draw the curves of training runs
+    Plot(plot::Args),
     /// Measure speed and memory, next to PyTorch
     Bench(bench::Args),
     /// Learn a novel, then read the rest of it far outside the window: what `landmark` alone does
@@ -40,6 +43,7 @@ impl Command {
             Self::Prepare(args) => prepare::run(args),
             Self::Train(args) => train::run(*args),
             Self::Eval(args) => eval::run(*args),
+            Self::Plot(args) => plot::run(args),
             Self::Bench(args) => bench::run(args),
             Self::Demo(args) => demo::run(args),
             Self::Generate(args) => generate::run(*args),

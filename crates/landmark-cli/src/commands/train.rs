@@ -4,14 +4,16 @@ mod flags;
 mod name;
 mod progress;
 mod refused;
+mod sample;
 
+use crate::curves::{self, Metrics, What};
 use anyhow::{Context, bail};
 use candle_core::Device;
 use clap::Parser;
 use flags::{Dtype, Flags, Model, Opt, OptimizationProcess, Scheduler, text};
 use landmark_data::Tokenizer;
-use landmark_models::gpt::{GptConfig, Placement, PositionalEncoder, SoftmaxFunc, Variant};
-use landmark_train::{Anneal, Corpus, Data, Limits, Method, Outcome, Process, Settings, Vocabulary};
+use landmark_models::gpt::{Gpt, GptConfig, Placement, PositionalEncoder, SoftmaxFunc, Variant};
+use landmark_train::{Anneal, Corpus, Data, Limits, Method, Outcome, Process, Sample, Settings, Vocabulary, Wandb};
 use progress::Progress;
 use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
@@ -22,11 +24,11 @@ const EXAMPLE: &str = "\
 Example, once `landmark prepare` has made ./data/pg19:
   landmark train --config_format rotary --model landmark --n_embd 1024 --n_head 8 --n_layer 12 \\
     --batch_size 16 --sequence_length 512 --acc_steps 8 --dataset pg19 --iterations 240000 \\
-    --dropout 0.0 --positional_encoder rotary --softmax_func mem_opt --mem_freq 50 \\
-    --save_checkpoint_freq 20000
+    --dropout 0.0 --positional_encoder rotary --softmax_func mem_opt --mem_freq 50 --wandb \\
+    --wandb_project memory-llm --save_checkpoint_freq 20000
 
-An experiment is a folder: checkpoints ckpt_N, metrics.jsonl with a line for each step, and
-summary.json once it is finished. Ctrl-C or --time_limit stops after the current step with a
+An experiment is a folder: checkpoints ckpt_N, metrics.jsonl with a line for each step, TensorBoard's
+event files (tensorboard --logdir exps), and once it is finished summary.json, loss.svg and lr.svg. Ctrl-C or --time_limit stops after the current step with a
 checkpoint; the same command with --resume goes on from it, to the same weights, bit for bit.
 
 Exit codes: 0 finished or time limit reached, 1 error, 2 wrong command line, 130 Ctrl-C.";
@@ -74,13 +76,30 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         eprintln!("{note}");
     }
     let Plan { settings, data, device, experiment } = plan;
-    let limits = Limits { experiment: Some(&experiment), resume: flags.resume, stop: Some(&STOP), time };
+    let wandb = wandb(&flags, &experiment)?;
+    let writer = flags.sample_freq.map(|_| sample::Writer::new(&flags, &data, &settings.model)).transpose()?;
+    let text = |model: &Gpt, iteration| match &writer {
+        Some(writer) => writer.write(model, iteration).map_err(Into::into),
+        None => Ok(String::new()),
+    };
+    let limits = Limits {
+        experiment: Some(&experiment),
+        resume: flags.resume,
+        stop: Some(&STOP),
+        time,
+        wandb: wandb.as_ref(),
+        sample: flags.sample_freq.map(|every| Sample { every, text: &text }),
+    };
     let mut progress = Progress::new();
     let outcome = landmark_train::train(&settings, &data, &device, &limits, &mut |event| progress.show(event));
     progress.finish();
     match outcome? {
         Outcome::AlreadyFinished => println!("Already found experiment {}: it is finished.", experiment.display()),
         Outcome::Finished { .. } => {
+            let metrics = Metrics::read(&experiment)?;
+            for (what, file) in [(What::Loss, "loss.svg"), (What::Lr, "lr.svg")] {
+                curves::draw(&experiment.join(file), what, &metrics.curves(what, None))?;
+            }
             println!("Finished after {} iterations: {}", settings.iterations, experiment.display());
         }
         Outcome::Stopped { iteration, .. } => {
@@ -148,6 +167,20 @@ fn experiment_folder(flags: &Flags) -> anyhow::Result<PathBuf> {
     Ok(flags.results_base_folder.join(dataset(flags)?).join(text(flags.model)).join(name))
 }
 
+/// The W&B run that the flags ask for, named as the experiment is.
+fn wandb(flags: &Flags, experiment: &Path) -> anyhow::Result<Option<Wandb>> {
+    if !flags.wandb {
+        return Ok(None);
+    }
+    let dataset = dataset(flags)?;
+    let model = flags.results_base_folder.join(dataset).join(text(flags.model));
+    let name = experiment.strip_prefix(model).unwrap_or(experiment).display().to_string();
+    let folder = std::env::var_os("WANDB_DIR").map_or_else(PathBuf::new, PathBuf::from).join("wandb");
+    let config = [("dataset", dataset), ("exp_name", &name), ("wandb_project", &flags.wandb_project)];
+    let config = config.map(|(key, value)| (key.to_string(), value.into())).into_iter().collect();
+    Ok(Some(Wandb { project: flags.wandb_project.clone(), name, folder, config }))
+}
+
 fn time_limit(flags: &Flags) -> anyhow::Result<Option<Duration>> {
     flags.time_limit.map(Duration::try_from_secs_f64).transpose().context("--time_limit")
 }
@@ -212,8 +245,8 @@ fn settings(flags: &Flags, vocabulary: &Vocabulary) -> Settings {
         },
         opt: match flags.opt {
             Opt::Sgd => Method::Sgd,
-            // Adafactor was refused before.
-            Opt::AdamW | Opt::Adafactor => Method::AdamW { beta1: flags.beta1, beta2: flags.beta2 },
+            Opt::Adafactor => Method::Adafactor,
+            Opt::AdamW => Method::AdamW { beta1: flags.beta1, beta2: flags.beta2 },
         },
         weight_decay: flags.weight_decay,
         grad_clip: flags.grad_clip,
@@ -237,6 +270,9 @@ fn notes(flags: &Flags, plan: &Plan) -> Vec<String> {
     }
     if flags.no_compile {
         notes.push("--no_compile: nothing is ever compiled here".into());
+    }
+    if !flags.wandb && flags.wandb_project != "my-project" {
+        notes.push("--wandb_project: without --wandb there is no W&B run".into());
     }
     if flags.postpone_lm_cache {
         notes.push("--postpone_lm_cache: caches are made when they are needed here".into());

@@ -71,7 +71,9 @@ impl WindowAttention {
             ..LandmarkParams::new(landmarks(&is_landmark, batch, time)?)
         };
         let rope = config.rope();
-        let rotation = rope.at(&positions(config, &is_landmark, time, seed));
+        // Positions jump at the tokens, whatever attention makes of them.
+        let is_landmark_token: Vec<u8> = ids.iter().map(|&id| (id == config.landmark_id) as u8).collect();
+        let rotation = rope.at(&positions(config, &is_landmark_token, time, seed));
         let miss = match config.model {
             Variant::LandmarkWithCmt => {
                 let controlled = controlled(config, &is_landmark, seed);

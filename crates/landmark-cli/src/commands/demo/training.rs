@@ -159,7 +159,7 @@ impl<'w, W: Write> Shown<'w, W> {
                     format!("     unseen  {loss:>10.3}  {perplexity:>10.2}   in windows like those of the training");
                 self.bar.suspend(|| writeln!(self.out, "{line}"))
             }
-            Event::Note(_) | Event::Saved(..) => Ok(()),
+            Event::Note(_) | Event::Sampled(..) | Event::Saved(..) => Ok(()),
         }
     }
 }

@@ -54,7 +54,7 @@ pub enum Opt {
     /// Gradient descent with momentum 0.9
     #[value(name = "sgd")]
     Sgd,
-    /// Not available yet
+    /// Adafactor, at the rate that --scheduler says
     #[value(name = "adafactor")]
     Adafactor,
 }
@@ -300,6 +300,24 @@ pub struct Flags {
     /// Keep only the newest so many checkpoints, or None for all
     #[arg(long, value_name = "N", value_parser = none_or::<usize>, default_value = "None", help_heading = "Results")]
     pub keep_checkpoints: NoneOr<usize>,
+    /// Write a run of Weights & Biases, offline, into ./wandb or the folder that WANDB_DIR names; `wandb sync` sends it
+    #[arg(long, help_heading = "Results")]
+    pub wandb: bool,
+    /// The project of that run
+    #[arg(long, value_name = "NAME", default_value = "my-project", help_heading = "Results")]
+    pub wandb_project: String,
+    /// Let the model write a text every so many iterations, printed and logged; or None
+    #[arg(long, value_name = "N", value_parser = none_or::<usize>, default_value = "None", help_heading = "Results")]
+    pub sample_freq: NoneOr<usize>,
+    /// What these texts go on with. Left out: the beginning of the validation data
+    #[arg(long, value_name = "TEXT", help_heading = "Results")]
+    pub sample_prompt: Option<String>,
+    /// Tokens of these texts
+    #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Results")]
+    pub sample_tokens: usize,
+    /// Below 1 likely tokens become likelier in these texts; 0 always takes the likeliest
+    #[arg(long, value_name = "T", default_value_t = 0.8, help_heading = "Results")]
+    pub sample_temperature: f64,
     /// Go on from the newest checkpoint of the experiment that is whole; from the start if there is none
     #[arg(long, help_heading = "Results")]
     pub resume: bool,
@@ -316,9 +334,6 @@ pub struct Flags {
     /// There is no limit on the number of blocks here
     #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Accepted: they change nothing here")]
     pub max_groups_for_softmax: usize,
-    /// The project that --wandb reports to, which is not available yet
-    #[arg(long, default_value = "my-project", help_heading = "Accepted: they change nothing here")]
-    pub wandb_project: String,
 
     #[command(flatten)]
     pub refused: Refused,
@@ -328,9 +343,6 @@ pub struct Flags {
 #[derive(Args, Clone, Debug)]
 #[command(rename_all = "snake_case", next_help_heading = "Flags of the reference that are refused, with the reason")]
 pub struct Refused {
-    /// Weights & Biases: not available yet
-    #[arg(long)]
-    pub wandb: bool,
     /// Several devices: not available yet
     #[arg(long, value_enum, default_value_t = DistributedBackend::None)]
     pub distributed_backend: DistributedBackend,

@@ -44,6 +44,7 @@ impl Progress {
             }
             Event::Step(iteration, step, took) => self.step(iteration, step, took),
             Event::Evaluated(iteration, evaluation, took) => self.line(evaluated(iteration, evaluation, took)),
+            Event::Sampled(iteration, text) => self.line(format!("{iteration} [sample] {text}")),
             Event::Saved(path, took) => self.line(format!("saved {} [{:.1} s]", path.display(), took.as_secs_f64())),
         }
     }

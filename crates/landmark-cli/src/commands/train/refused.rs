@@ -1,17 +1,21 @@
 //! Flags of the reference that are refused, each by its name and with the reason.
 
-use super::flags::{DistributedBackend, Flags, LmCache, Model, Opt, OptimizationProcess, PositionalEncoder, Refused};
+use super::flags::{
+    DistributedBackend, Flags, LmCache, Model, Opt, OptimizationProcess, PositionalEncoder, Refused, SoftmaxFunc,
+};
 use anyhow::bail;
 
 const INFERENCE: &str =
     "training reads no cache and the evaluation in it is of single windows; it is a flag of inference";
 const XL: &str = "it belongs to --optimization_process transformer_xl";
+const ADAMW: &str = "it belongs to --opt adamw";
+const BASE: &str = "--model base_rotary has no blocks, and always a plain softmax";
+const SAMPLES: &str = "it needs --sample_freq N";
 const CMT: &str = "only --model landmark_with_cmt has a context-miss token";
 
 /// Refuses what cannot be done.
 pub fn check(flags: &Flags) -> anyhow::Result<()> {
     let Refused {
-        wandb,
         distributed_backend,
         enable_rem_score,
         rem_cutoff,
@@ -26,14 +30,18 @@ pub fn check(flags: &Flags) -> anyhow::Result<()> {
     let has_cmt = flags.model == Model::LandmarkWithCmt;
     let jumps = flags.positional_encoder == PositionalEncoder::RotaryMemJump;
     let is_xl = flags.optimization_process == OptimizationProcess::TransformerXl;
+    let is_base = flags.model == Model::BaseRotary;
+    let no_samples = flags.sample_freq.is_none();
     let refusals = [
-        ("wandb", *wandb, "Weights & Biases runs arrive with a later release; metrics.jsonl has the same numbers"),
         (
             "distributed_backend nccl",
             *distributed_backend != DistributedBackend::None,
             "this build trains on one device",
         ),
-        ("opt adafactor", flags.opt == Opt::Adafactor, "it is not available yet; use adamw or sgd"),
+        ("beta1", flags.beta1 != 0.9 && flags.opt != Opt::AdamW, ADAMW),
+        ("beta2", flags.beta2 != 0.95 && flags.opt != Opt::AdamW, ADAMW),
+        ("group_dropout", is_base && flags.group_dropout.is_some_and(|p| p > 0.), BASE),
+        ("softmax_func", is_base && flags.softmax_func != SoftmaxFunc::MemOpt, BASE),
         ("total_sequence_length", !is_xl && flags.total_sequence_length.is_some(), XL),
         ("allow_cache_during_training", !is_xl && flags.allow_cache_during_training, XL),
         ("lm_cache mem", is_xl && flags.lm_cache == LmCache::Mem, "transformer_xl trains with --lm_cache kv_train"),
@@ -41,6 +49,9 @@ pub fn check(flags: &Flags) -> anyhow::Result<()> {
         ("under_rem_score_prob", flags.under_rem_score_prob != Some(0.) && !has_cmt, CMT),
         ("rem_cutoff", rem_cutoff.is_some(), "the reference does not train with it; it is a flag of inference"),
         ("pos_jump_on_mem", flags.pos_jump_on_mem.is_some() && !jumps, "it needs --positional_encoder rotary_mem_jump"),
+        ("sample_prompt", no_samples && flags.sample_prompt.is_some(), SAMPLES),
+        ("sample_tokens", no_samples && flags.sample_tokens != 64, SAMPLES),
+        ("sample_temperature", no_samples && flags.sample_temperature != 0.8, SAMPLES),
         ("use_cache", *use_cache, INFERENCE),
         ("lm_cache", !is_xl && flags.lm_cache != LmCache::None, INFERENCE),
         ("mem_cache_size", !is_xl && flags.mem_cache_size.is_some(), INFERENCE),
