@@ -5,11 +5,10 @@
 //! | `train.tokens` | the [token file](crate::token_file) to train on |
 //! | `validation.tokens` | the one to evaluate on; empty where none was asked for |
 //! | `test.tokens` | the one to test on; only of data sets that have such a part |
-//! | `tokenizer.json` | the tokenizer that made both |
+//! | `tokenizer.json` | the tokenizer that made them |
 //!
-//! A folder of the authors' raw files is read too: `train.bin`, and `validation.bin` or `val.bin`, and perhaps `test.bin`. It may lack
-//! the tokenizer.
-//! Where a name exists in both forms, `.tokens` wins.
+//! A folder of the authors' raw files is read too: `train.bin`, and `validation.bin` or `val.bin`, and perhaps `test.bin`. It
+//! may lack the tokenizer. Where a name exists in both forms, `.tokens` wins.
 
 use std::path::{Path, PathBuf};
 

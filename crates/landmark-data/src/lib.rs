@@ -3,7 +3,7 @@
 //! The path of a corpus through this crate:
 //!
 //! ```text
-//! text files --prepare--> train.tokens, validation.tokens, tokenizer.json     (a data folder, written once)
+//! text --prepare--> train.tokens, validation.tokens, test.tokens, tokenizer.json    (a data folder, written once)
 //! data folder --DataFolder::open--> TokenFile    (memory-mapped; a corpus may be larger than memory)
 //! TokenFile --Stream--> the same tokens with landmarks at their places        (virtual; nothing is copied)
 //! Stream --Batches--> Batch { inputs, targets }  (a pure function of seed and index)

@@ -45,7 +45,7 @@ pub struct ModelFlags {
     /// The model: a checkpoint's folder, or an experiment's, of which the newest checkpoint is taken
     #[arg(long, value_name = "DIR")]
     pub checkpoint: PathBuf,
-    /// The tokenizer's file, or `bytes`, for a model without a tokenizer.json
+    /// gpt2, bytes, or the path of a tokenizer.json, for a model without a tokenizer.json
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<String>,
     /// Where to compute: auto, cpu or cuda:N

@@ -205,8 +205,7 @@ pub fn checkpoint(folder: &Path) -> anyhow::Result<PathBuf> {
 pub fn tokenizer(folder: &Path, given: Option<&str>) -> anyhow::Result<Tokenizer> {
     let own = folder.join(TOKENIZER_FILE);
     match given {
-        Some("bytes") => Ok(Tokenizer::bytes()),
-        Some(file) => Tokenizer::from_file(file).context("--tokenizer"),
+        Some(name) => Tokenizer::named(name).context("--tokenizer"),
         None if !own.exists() => {
             bail!("--checkpoint {}: no {TOKENIZER_FILE} in it; name one with --tokenizer FILE", folder.display())
         }

@@ -161,9 +161,11 @@ pub(super) fn find(places: &[PathBuf], dataset: Dataset, val_fraction: Option<f6
             }
             Dataset::ArxivMath => {
                 for path in files(place, dataset)? {
+                    let found = input(path, dataset, Division::Fixed(Set::Train))?;
                     let expected = "the name says neither train nor validation nor test; use --dataset redpajama for other records";
-                    let set = set_of(&path, place).ok_or_else(|| Error::Layout { path: path.clone(), expected })?;
-                    inputs.push(input(path, dataset, Division::Fixed(set))?);
+                    let unnamed = || Error::Layout { path: found.path.clone(), expected };
+                    let division = Division::Fixed(set_of(&found.path, place).ok_or_else(unnamed)?);
+                    inputs.push(Input { division, ..found });
                 }
             }
             Dataset::RedPajama => {
@@ -259,7 +261,8 @@ fn set_of(path: &Path, place: &Path) -> Option<Set> {
     let mut names = path.ancestors().take_while(|path| path.starts_with(top)).filter_map(Path::file_name);
     names.find_map(|name| {
         name.to_string_lossy().to_ascii_lowercase().split(|c: char| !c.is_ascii_alphanumeric()).find_map(|word| {
-            match word {
+            // train2 is another of them.
+            match word.trim_end_matches(|c: char| c.is_ascii_digit()) {
                 "train" => Some(Set::Train),
                 "validation" | "valid" | "val" | "dev" => Some(Set::Validation),
                 "test" => Some(Set::Test),

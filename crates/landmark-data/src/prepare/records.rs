@@ -66,7 +66,7 @@ impl<'a> Records<'a> {
     fn parse(&self) -> Result<Record> {
         let text =
             std::str::from_utf8(&self.line).map_err(|e| self.source.invalid_utf8(&self.line, e.valid_up_to()))?;
-        let mut json = serde_json::Deserializer::from_str(text);
+        let mut json = serde_json::Deserializer::from_str(text.trim_end());
         let found = json.deserialize_map(Fields(self.rules)).and_then(|found| json.end().map(|()| found));
         match found {
             Ok(Some(record)) => Ok(record),

@@ -108,7 +108,7 @@ pub struct Args {
     /// The model: a checkpoint's folder, or an experiment's, of which the newest checkpoint is taken
     #[arg(long, value_name = "DIR", required_unless_present = "grid", help_heading = "Model")]
     pub checkpoint: Option<PathBuf>,
-    /// The tokenizer's file, or `bytes`, for a model without a tokenizer.json
+    /// gpt2, bytes, or the path of a tokenizer.json, for a model without a tokenizer.json
     #[arg(long, value_name = "FILE", help_heading = "Model")]
     pub tokenizer: Option<String>,
     /// Where to compute: auto, cpu or cuda:N

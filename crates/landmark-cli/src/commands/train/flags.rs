@@ -216,7 +216,7 @@ pub struct Flags {
     /// The folder of prepared data: DIR/NAME, or DIR itself
     #[arg(long, value_name = "DIR", default_value = "./data", help_heading = "Data")]
     pub data_dir: PathBuf,
-    /// The tokenizer's file, or `bytes`, for data that does not say which one made it
+    /// gpt2, bytes, or the path of a tokenizer.json, for data that does not say which one made it
     #[arg(long, value_name = "FILE", help_heading = "Data")]
     pub tokenizer: Option<String>,
     /// Rows of the embedding. Left out: what the data says, and 50304 for GPT-2's tokens
