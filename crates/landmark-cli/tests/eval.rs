@@ -314,11 +314,19 @@ fn the_references_command_lines_work_verbatim() {
 fn bad_flags_are_named() {
     let folder = folder(&text(3000));
     let path = folder.path();
+    // As the authors' code prepares data for training.
+    let marked: Vec<u8> = (1..2000u16).flat_map(|i| (if i % 51 == 0 { 257 } else { i % 200 }).to_le_bytes()).collect();
+    fs::create_dir_all(path.join("data/marked")).unwrap();
+    for file in ["train.bin", "val.bin"] {
+        fs::write(path.join("data/marked").join(file), &marked).unwrap();
+    }
     let cases = [
         ("--checkpoint nowhere --dataset books", "--checkpoint nowhere: no such folder"),
         ("--checkpoint landmark", "name prepared data with --dataset, or a text with --file"),
         ("--checkpoint landmark --dataset books --dataset books", "one at a time"),
         ("--checkpoint landmark --dataset poems --data_dir nowhere", "--dataset poems: no usable data in nowhere"),
+        ("--checkpoint landmark --dataset ../books", "--dataset ../books: expected the name of a folder"),
+        ("--checkpoint landmark --dataset marked", "the text has landmarks already"),
         ("--checkpoint landmark --dataset books --split test", "has no test data"),
         ("--checkpoint landmark --dataset books --batch_size 0", "--batch_size 0"),
         ("--checkpoint landmark --dataset books --bins 0", "--bins 0"),

@@ -105,9 +105,13 @@ pub fn evaluate(
     let mut retrieved = Retrieved::default();
     let mut memory: Option<(Memory, usize)> = None;
     let has_miss_token = model.config().model == Variant::LandmarkWithCmt;
+    let landmark = (model.config().model != Variant::BaseRotary).then_some(model.config().landmark_id);
     for first in (0..sequences.len()).step_by(batch_size) {
         let rows: Vec<Vec<u32>> =
             (first..sequences.len().min(first + batch_size)).map(|i| sequences.read(i)).collect::<Result<_, _>>()?;
+        if rows.iter().flatten().any(|&token| Some(token) == landmark) {
+            anyhow::bail!("the text has landmarks already: evaluate on one without, reading puts them in");
+        }
         let (mut here, texts) = match memory.take() {
             Some((memory, texts)) if texts == rows.len() => (memory, texts),
             // The first batch, or the last one, which may be smaller.

@@ -8,7 +8,7 @@ use landmark_models::gpt::Gpt;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use sha2::{Digest, Sha256};
-use std::path::Path;
+use std::path::{Component, Path};
 
 /// The end of a document in GPT-2's vocabulary, of which the reference's raw files are.
 const GPT2_END_OF_TEXT: u32 = 50256;
@@ -28,6 +28,10 @@ pub struct Text {
 impl Text {
     /// Opens a prepared data set.
     pub fn prepared(flags: &TextFlags, dataset: &str) -> anyhow::Result<Self> {
+        let mut parts = Path::new(dataset).components();
+        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
+            bail!("--dataset {dataset}: expected the name of a folder in --data_dir");
+        }
         // The folder may hold several corpora by name, or be the corpus.
         let named = flags.data_dir.join(dataset);
         let folder = if named.is_dir() { named } else { flags.data_dir.clone() };
