@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 
 noted = {"history": [], "config": {}, "summary": {}, "files": []}
@@ -25,7 +26,7 @@ class Notes(http.server.BaseHTTPRequestHandler):
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
         if self.path == "/graphql":
-            self.query(json.loads(body)["variables"])
+            self.query(json.loads(body).get("variables") or {})
         elif self.path.endswith("/file_stream"):
             self.stream(json.loads(body))
         bucket = {"id": "B", "name": "run", "displayName": "run", "config": "{}", "historyLineCount": 0}
@@ -48,7 +49,8 @@ class Notes(http.server.BaseHTTPRequestHandler):
         if variables.get("config"):
             config = json.loads(variables["config"])
             noted["config"] = {key: entry["value"] for key, entry in config.items()}
-            noted["name"], noted["display_name"] = variables.get("name"), variables.get("displayName")
+        if variables.get("displayName"):
+            noted["display_name"] = variables["displayName"]
         noted["files"] += variables.get("files") or []
 
     def stream(self, body):
@@ -63,8 +65,10 @@ class Notes(http.server.BaseHTTPRequestHandler):
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Notes)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 environment = dict(os.environ, WANDB_API_KEY="0" * 40, WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}")
-sync = [sys.executable, "-m", "wandb", "sync", sys.argv[1]]
-done = subprocess.run(sync, env=environment, capture_output=True, text=True, timeout=120)
+sync = [sys.executable, "-m", "wandb", "sync", os.path.abspath(sys.argv[1])]
+with tempfile.TemporaryDirectory() as folder:
+    # It leaves logs of its own where it runs.
+    done = subprocess.run(sync, env=environment, cwd=folder, capture_output=True, text=True, timeout=60)
 if done.returncode != 0:
     sys.exit(done.stdout + done.stderr)
 noted["said"] = done.stdout + done.stderr

@@ -36,6 +36,24 @@ pub(crate) struct State {
     pub history: History,
 }
 
+impl State {
+    /// Refuses to go on from a checkpoint that other settings or data made.
+    fn check(&self, settings: &Settings, data: &Data, found: &Found<Self>) -> Result<()> {
+        settings.check_same_run(&self.settings, &found.path)?;
+        let other = |setting: &str, saved: String, given: String| {
+            Err(Error::OtherRun { path: found.path.clone(), setting: setting.into(), saved, given })
+        };
+        if self.data != data.identity() {
+            return other("data", format!("{:?}", self.data), format!("{:?}", data.identity()));
+        }
+        let next_batch = found.iteration as u64 * settings.acc_steps as u64;
+        if self.next_batch != next_batch {
+            return other("next_batch", self.next_batch.to_string(), next_batch.to_string());
+        }
+        Ok(())
+    }
+}
+
 /// `summary.json`, with the reference's names.
 #[derive(Serialize)]
 struct Summary<'a> {
@@ -67,6 +85,7 @@ pub fn is_finished(folder: &Path) -> bool {
 pub(crate) fn start(
     folder: &Path,
     settings: &Settings,
+    data: &Data,
     resume: bool,
     wandb: Option<&Wandb>,
     note: &mut dyn FnMut(String),
@@ -94,7 +113,7 @@ pub(crate) fn start(
         None => {}
     }
     if let Some(found) = &found {
-        settings.check_same_run(&found.state.settings, &found.path)?;
+        found.state.check(settings, data, found)?;
     }
     let logs = Logs::open(folder, saved.unwrap_or(0), settings, wandb, note)?;
     Ok(Some((Experiment { folder: folder.to_path_buf(), logs, saved, _lock: lock }, found)))

@@ -98,14 +98,14 @@ pub fn train(
         None => (None, None),
         Some(folder) => {
             let note = &mut |note| observe(Event::Note(note));
-            match experiment::start(folder, settings, limits.resume, limits.wandb, note)? {
+            match experiment::start(folder, settings, data, limits.resume, limits.wandb, note)? {
                 None => return Ok(Outcome::AlreadyFinished),
                 Some((experiment, found)) => (Some(experiment), found),
             }
         }
     };
     let (trainer, history) = match found {
-        Some(found) => resume(settings, data, device, found, observe)?,
+        Some(found) => resume(settings, device, found, observe)?,
         None => {
             let model = Gpt::init(&settings.model, settings.seed, DType::F32, device)?;
             (Trainer::new(settings, model)?, History::default())
@@ -131,25 +131,14 @@ pub fn train(
 /// The exit code that W&B's library logs for Ctrl-C.
 const INTERRUPTED: i32 = 255;
 
-/// The trainer as a checkpoint left it, if the same settings and data made the checkpoint.
+/// The trainer as a checkpoint left it.
 fn resume(
     settings: &Settings,
-    data: &Data,
     device: &Device,
     found: Found<State>,
     observe: &mut dyn FnMut(Event),
 ) -> Result<(Trainer, History)> {
     let Found { path, iteration, state, .. } = found;
-    let other = |setting: &str, saved: String, given: String| {
-        Err(Error::OtherRun { path: path.clone(), setting: setting.into(), saved, given })
-    };
-    if state.data != data.identity() {
-        return other("data", format!("{:?}", state.data), format!("{:?}", data.identity()));
-    }
-    let next_batch = iteration as u64 * settings.acc_steps as u64;
-    if state.next_batch != next_batch {
-        return other("next_batch", state.next_batch.to_string(), next_batch.to_string());
-    }
     let trainer = Trainer::load(settings, Gpt::load(&path, device)?, &path, iteration)?;
     observe(Event::Note(format!("resuming from {}", path.display())));
     Ok((trainer, state.history))

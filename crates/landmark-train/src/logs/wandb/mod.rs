@@ -121,6 +121,7 @@ impl Run {
             "version": env!("CARGO_PKG_VERSION"),
         });
         write_json(&files_folder.join("wandb-metadata.json"), &metadata)?;
+        write_json(&files_folder.join("wandb-summary.json"), &json!({}))?;
         latest(&base, &name);
         let run =
             Self { folder: folder.clone(), log, row: None, summary: Map::new(), begun: Instant::now(), earlier: 0. };
