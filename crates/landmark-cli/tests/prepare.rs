@@ -235,7 +235,6 @@ fn killed_and_interrupted_preparations_go_on_to_the_same_files() {
             }
             assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
             let status = child.wait().unwrap();
-            assert!(!dir.path().join(out).join("train.tokens").exists() || !state.exists());
             match status.code() {
                 None => killed += 1,
                 Some(130) => interrupted += 1,
