@@ -151,7 +151,8 @@ fn the_demonstration_learns_reads_and_writes() {
     let output = landmark(folder.path(), "demo --iterations 2", "");
     let shown = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    for part in ["1. Learning", "2/2", "2. Reading", "landmark cache: 3 blocks", "window only", "3. Writing", "block "]
+    for part in
+        ["1. Learning", "2/2", "2. Reading", "landmark cache: 3 blocks", "without retrieval", "3. Writing", "block "]
     {
         assert!(shown.contains(part), "{part}: {shown}");
     }

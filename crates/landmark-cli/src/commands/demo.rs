@@ -135,20 +135,20 @@ fn read(
     out: &mut impl Write,
 ) -> anyhow::Result<Option<(Reader, Vec<u32>)>> {
     let window = model.config().sequence_length;
+    // A block's worth at a time: what the model knows of the text before that is what it retrieves.
+    let chunk = model.config().mem_freq;
     writeln!(
         out,
-        "\n2. Reading: the unseen {} bytes, {} windows, in one go",
+        "\n2. Reading: the unseen {} bytes, {} windows, in one go, {} at a time",
         grouped(tokens.len()),
-        tokens.len() / window
+        tokens.len() / window,
+        chunk.unwrap_or_default()
     )?;
     writeln!(out, "                                        perplexity  bits a byte      tok/s")?;
-    let mut chunk = None;
     let mut last = None;
     for top_k in [TOP_K, 0] {
-        // The same chunks, so that retrieval is all that differs.
         let flags = CacheFlags { cache_topk: Some(top_k), mid_length: chunk, ..CacheFlags::default() };
         let mut reader = Reader::new(model.detached(), tokenizer.clone(), &flags)?;
-        chunk = Some(reader.chunk());
         let (mut bar, begun) = (ReadingBar::new("   reading", Some(tokens.len() as u64)), Instant::now());
         let losses = reader.read_with_losses(&tokens, |done, _| {
             bar.set(done as u64, done);
@@ -161,7 +161,7 @@ fn read(
         }
         let loss = losses.iter().sum::<f64>() / losses.len() as f64;
         let name = match top_k {
-            0 => format!("   window only: chunks of {}", reader.chunk()),
+            0 => "   without retrieval".to_string(),
             k => format!("   landmark cache: {k} blocks a token"),
         };
         let (perplexity, bits) = (loss.exp(), loss / std::f64::consts::LN_2);
