@@ -55,7 +55,8 @@ impl Report {
         };
         line("model", format!("{} ({}, {} parameters)", self.checkpoint, self.model, grouped(self.parameters)));
         let (count, length) = (grouped(m.sequences), grouped(m.setting.eval_seq_length));
-        line("text", format!("{}{part}: {count} sequences of {length} tokens", self.dataset));
+        let noun = if m.sequences == 1 { "sequence" } else { "sequences" };
+        line("text", format!("{}{part}: {count} {noun} of {length} tokens", self.dataset));
         line("reading", m.setting.words());
         line("perplexity", format!("{:.3}   (loss {:.4} over {} tokens)", m.perplexity, m.loss, grouped(m.tokens)));
         line("accuracy", format!("{:.2} %", 100. * m.accuracy));
