@@ -1,0 +1,172 @@
+// The instructions of Hopper that the kernels of `hopper_*.cuh` are made of: barriers, the tensor copy engine, operand descriptors.
+#pragma once
+#include <cuda.h>
+#include <cuda_runtime.h>
+#include "mma.cuh"
+#include "params.h"
+#include "segments.cuh"
+#include "wgmma.cuh"
+
+__device__ __forceinline__ uint32_t shared_address(const void *p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// Barriers in shared memory, one 8-byte word each.
+__device__ __forceinline__ void barrier_init(uint64_t *barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(uint64_t *barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint64_t *barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint64_t *barrier, int parity) {
+    asm volatile(
+        "{ .reg .pred p;\n"
+        "again_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+        "@!p bra again_%=;\n"
+        "}" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+
+// A box of a tensor [batch, head, step, channel] to shared memory.
+__device__ __forceinline__ void tensor_load(void *to, const CUtensorMap &map, uint64_t *barrier, int channel, int step, int head, int batch) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+            shared_address(to)),
+        "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(barrier)), "r"(channel), "r"(step), "r"(head), "r"(batch)
+        : "memory");
+}
+
+// Operands lie in panels of 64 elements (128 bytes) a row, swizzled by 128 bytes: what a tensor map with a box of 64 channels writes.
+// Descriptor of an operand whose contiguous dimension is the product's depth; 16 of depth further is 32 bytes further.
+__device__ __forceinline__ uint64_t descriptor(const void *p) {
+    return uint64_t(shared_address(p) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+// The same where the contiguous dimension is not the depth: `panel` bytes from one 64 of it to the next; 16 of depth are 2048 bytes.
+__device__ __forceinline__ uint64_t descriptor_transposed(const void *p, int panel) {
+    return uint64_t(shared_address(p) >> 4) | uint64_t(panel >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+// Keeps the compiler from moving reads of an accumulator above the wait for it.
+template <int R> __device__ __forceinline__ void settle(float (&c)[R]) {
+#pragma unroll
+    for (int i = 0; i < R; i++) asm volatile("" : "+f"(c[i])::"memory");
+}
+
+template <int N> __device__ __forceinline__ void registers_take() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> __device__ __forceinline__ void registers_give() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+
+// C [64 x 2R] = A [64 x DEPTH] B [2R x DEPTH] transposed, both in panels: `a_panel` and `b_panel` bytes each.
+template <typename T, int DEPTH, int R>
+__device__ __forceinline__ void issue_abt(float (&c)[R], const unsigned char *a, int a_panel, const unsigned char *b, int b_panel) {
+#pragma unroll
+    for (int d = 0; d < DEPTH; d += 16) {
+        const int within = d % 64 * 2, panel = d / 64;
+        wgmma<T, false, false>(c, advance(descriptor(a), panel * a_panel + within), advance(descriptor(b), panel * b_panel + within), d > 0);
+    }
+}
+
+// Accumulators of GROUPS_OF_8 times 8 columns as an operand in registers, 16 columns of depth a step; columns beyond are zeros.
+template <typename T, int GROUPS_OF_8, int K> __device__ __forceinline__ void pack_operand(uint32_t (&a)[K][4], const float (&x)[GROUPS_OF_8 * 4]) {
+#pragma unroll
+    for (int k = 0; k < K; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            a[k][i] = 2 * k + i / 2 < GROUPS_OF_8 ? pack<T>(x[(8 * k + 2 * i) % (GROUPS_OF_8 * 4)], x[(8 * k + 2 * i + 1) % (GROUPS_OF_8 * 4)]) : 0u;
+}
+
+// Rounds up to whole 1024 bytes, where swizzled tiles begin.
+__device__ __forceinline__ unsigned char *aligned_memory(unsigned char *p) { return p + (-shared_address(p) & 1023); }
+
+// A ring of tiles between the copy engine and the products: `full` when its bytes are there, `empty` when every warp is through.
+template <int STAGES> struct Ring {
+    uint64_t full[STAGES], empty[STAGES];
+    __device__ void init(int warps) {
+        for (int i = 0; i < STAGES; i++) barrier_init(&full[i], 1), barrier_init(&empty[i], warps);
+    }
+    __device__ uint64_t *fill(int n, int bytes) {
+        barrier_wait(&empty[n % STAGES], n / STAGES % 2 ^ 1);
+        barrier_expect(&full[n % STAGES], bytes);
+        return &full[n % STAGES];
+    }
+    __device__ void wait(int n) { barrier_wait(&full[n % STAGES], n / STAGES % 2); }
+    __device__ void release(int n) {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(&empty[n % STAGES]);
+    }
+};
+
+// The tensors of a call as the copy engine sees them.
+struct Maps {
+    CUtensorMap q, k, v, dout;
+};
+
+constexpr int CONSUMERS = 2;  // warpgroups that compute; one more loads
+constexpr int HOPPER_THREADS = 128 * (CONSUMERS + 1);
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// Where the landmark of a regular block is among its slots: the block takes GROUPS_PER_BLOCK groups, the landmark is in the last.
+struct Regular {
+    int block, column;  // column of the landmark in its group
+    __device__ explicit Regular(int block) : block(block), column((block - 1) % 8) {}
+};
+
+// Raw scores of UNITS blocks, one after the other, 64 queries a warpgroup. First half of their softmax: the landmarks' scores and the
+// blocks' maxima in base 2, and in place of the scores their powers relative to the maximum, 0 where nothing is seen.
+template <int G, int UNITS> struct InnerSoftmax {
+    float landmark[UNITS][2], max[UNITS][2], sum[UNITS][2];
+    bool past[UNITS][2];
+
+    template <bool MASKED> __device__ __forceinline__ void run(float (&s)[UNITS * G * 4], const Regular &at, int first_key, const int (&position)[2], float scale) {
+        const int lane = threadIdx.x % 32, t = lane % 4;
+#pragma unroll
+        for (int u = 0; u < UNITS; u++) {
+            float *x = s + u * G * 4;
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const float mine = at.column & 1 ? x[4 * (G - 1) + 2 * r + 1] : x[4 * (G - 1) + 2 * r];
+                landmark[u][r] = __shfl_sync(~0u, mine, (lane & ~3) | (at.column >> 1)) * scale;
+                past[u][r] = !MASKED || position[r] >= first_key + (u + 1) * at.block;
+                float high = NEGATIVE_INFINITY;
+#pragma unroll
+                for (int i = 0; i < G; i++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        float &score = x[4 * i + 2 * r + e];
+                        const int slot = 8 * i + 2 * t + e;
+                        if (i == G - 1 && 2 * t + e >= at.column) score = NEGATIVE_INFINITY;
+                        if (MASKED && first_key + u * at.block + slot > position[r]) score = NEGATIVE_INFINITY;
+                        high = fmaxf(high, score);
+                    }
+                max[u][r] = high;
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < UNITS; u++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) max[u][r] = quad_max(max[u][r]) * scale;
+#pragma unroll
+        for (int u = 0; u < UNITS; u++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const float base = MASKED ? finite(max[u][r]) : max[u][r];
+                float total = 0;
+#pragma unroll
+                for (int i = 0; i < G; i++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        float &score = s[(u * G + i) * 4 + 2 * r + e];
+                        score = power2(score * scale - base);
+                        total += score;
+                    }
+                sum[u][r] = total;
+            }
+#pragma unroll
+        for (int u = 0; u < UNITS; u++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) sum[u][r] = quad_sum(sum[u][r]);
+    }
+};

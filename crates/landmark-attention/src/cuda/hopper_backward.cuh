@@ -1,0 +1,326 @@
+// Backward on Hopper, for regular blocks of 49 to 64; the arithmetic is that of `backward.cuh`.
+#pragma once
+#include "hopper.cuh"
+
+// Powers to weights (in `s`) and dP to ds, for UNITS blocks.
+template <int G, int UNITS>
+__device__ __forceinline__ void gradients(float (&s)[UNITS * G * 4], float (&dp)[UNITS * G * 4], const InnerSoftmax<G, UNITS> &inner,
+                                          const Regular &at, const float (&lse)[2], const float (&delta)[2]) {
+    const int t = threadIdx.x % 4;
+    float dot[UNITS][2];
+#pragma unroll
+    for (int u = 0; u < UNITS; u++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            dot[u][r] = 0;
+#pragma unroll
+            for (int i = 0; i < G; i++)
+#pragma unroll
+                for (int e = 2 * r; e < 2 * r + 2; e++) dot[u][r] += s[(u * G + i) * 4 + e] * dp[(u * G + i) * 4 + e];
+        }
+#pragma unroll
+    for (int u = 0; u < UNITS; u++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) dot[u][r] = quad_sum(dot[u][r]);
+#pragma unroll
+    for (int u = 0; u < UNITS; u++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const bool past = inner.past[u][r];
+            const float share = power2((past ? inner.landmark[u][r] : inner.max[u][r]) - lse[r]);
+            const float inverse = __fdividef(1.f, inner.sum[u][r]);
+            const float factor = past ? share * inverse : share, mean = past ? dot[u][r] * inverse : delta[r];
+            const float ds_landmark = past ? share * (mean - delta[r]) : 0.f;
+#pragma unroll
+            for (int i = 0; i < G; i++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    float &w = s[(u * G + i) * 4 + 2 * r + e], &d = dp[(u * G + i) * 4 + 2 * r + e];
+                    w *= factor;
+                    d = w * (d - mean);
+                    if (i == G - 1 && 2 * t + e == at.column) d = ds_landmark;
+                }
+        }
+}
+
+// Rows 8G.. of the tiles are read as keys of weight 0, and no copy writes them: they must be numbers.
+template <int STAGES, int BYTES> __device__ __forceinline__ void clear_last_rows(unsigned char (&tiles)[STAGES][BYTES], int thread) {
+    for (int i = thread; i < STAGES * BYTES / 8192 * 64; i += 128 * CONSUMERS) {
+        unsigned char *panel = tiles[0] + i / 64 * 8192;
+        *reinterpret_cast<uint4 *>(panel + 7 * 1024 + i % 64 * 16) = make_uint4(0, 0, 0, 0);
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    asm volatile("bar.sync 7, %0;" ::"n"(128 * CONSUMERS) : "memory");
+}
+
+__device__ __forceinline__ void load_row_values(const Params &p, int64_t head, int row, float (&lse)[2], float (&delta)[2]) {
+    const float2 *rows = reinterpret_cast<const float2 *>(p.rows) + head * p.q_pad + row;
+    const float2 a = rows[0], b = rows[8];
+    lse[0] = a.x, delta[0] = a.y, lse[1] = b.x, delta[1] = b.y;
+}
+
+template <int D> struct HopperQueryGradient {
+    static constexpr int ROWS = 128, STAGES = 3, PANELS = D / 64, PANEL = 64 * 128, TILE = PANELS * PANEL;
+    struct Shared {
+        unsigned char q[CONSUMERS][TILE], dout[CONSUMERS][TILE];
+        unsigned char k[STAGES][TILE], v[STAGES][TILE];
+        Ring<STAGES> ring_k, ring_v;
+        uint64_t q_full;
+    };
+    static constexpr int BYTES = sizeof(Shared) + 1024;
+};
+
+template <typename T, int D, int G>
+__global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_query_gradient_kernel(const __grid_constant__ Params p, const __grid_constant__ Maps maps) {
+    using Shape = HopperQueryGradient<D>;
+    extern __shared__ unsigned char memory[];
+    auto &shared = *reinterpret_cast<typename Shape::Shared *>(aligned_memory(memory));
+
+    const int b = blockIdx.z, h = blockIdx.y, first = (gridDim.x - 1 - blockIdx.x) * Shape::ROWS;
+    const int history = p.kv_len - p.q_len;
+    const int blocks = (history + min(first + Shape::ROWS, p.q_len) - 1) / p.block + 1;
+    if (threadIdx.x == 0) {
+        shared.ring_k.init(4 * CONSUMERS), shared.ring_v.init(4 * CONSUMERS);
+        barrier_init(&shared.q_full, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+
+    if (threadIdx.x < 128) {
+        registers_give<24>();
+        if (threadIdx.x == 0) {
+            const int kv_head = h / (p.heads / p.kv_heads);
+            barrier_expect(&shared.q_full, 2 * CONSUMERS * Shape::TILE);
+            for (int w = 0; w < CONSUMERS; w++)
+                for (int c = 0; c < Shape::PANELS; c++) {
+                    tensor_load(shared.q[w] + c * Shape::PANEL, maps.q, &shared.q_full, 64 * c, first + 64 * w, h, b);
+                    tensor_load(shared.dout[w] + c * Shape::PANEL, maps.dout, &shared.q_full, 64 * c, first + 64 * w, h, b);
+                }
+            for (int n = 0; n < blocks; n++) {
+                const int stage = n % Shape::STAGES;
+                uint64_t *full = shared.ring_k.fill(n, Shape::PANELS * G * 1024);
+                for (int c = 0; c < Shape::PANELS; c++)
+                    tensor_load(shared.k[stage] + c * Shape::PANEL, maps.k, full, 64 * c, n * p.block, kv_head, b);
+                full = shared.ring_v.fill(n, Shape::PANELS * G * 1024);
+                for (int c = 0; c < Shape::PANELS; c++)
+                    tensor_load(shared.v[stage] + c * Shape::PANEL, maps.v, full, 64 * c, n * p.block, kv_head, b);
+            }
+        }
+    } else {
+        registers_take<240>();
+        const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+        const int row = first + 64 * group + 16 * warp + lane / 4;
+        const int position[2] = {history + row, history + row + 8};
+        const int whole_blocks = (history + first + 64 * group) / p.block;  // behind which every query of the warpgroup is
+        const int64_t head = int64_t(b) * p.heads + h;
+        const float scale = p.scale * LOG2_E;
+        const Regular at(p.block);
+        float lse[2], delta[2];
+        load_row_values(p, head, row, lse, delta);
+        float s[4 * G], dp[4 * G], dq[D / 2] = {};
+        uint32_t ds[4][4];
+        if (G < 8) clear_last_rows(shared.k, threadIdx.x - 128);
+        barrier_wait(&shared.q_full, 0);
+        InnerSoftmax<G, 1> inner;
+        auto scores = [&](int n) {
+            shared.ring_k.wait(n);
+            products_begin();
+            issue_abt<T, D>(s, shared.q[group], Shape::PANEL, shared.k[n % Shape::STAGES], Shape::PANEL);
+            products_commit();
+            shared.ring_v.wait(n);
+            products_begin();
+            issue_abt<T, D>(dp, shared.dout[group], Shape::PANEL, shared.v[n % Shape::STAGES], Shape::PANEL);
+            products_commit();
+        };
+        auto softmax = [&](int n) {
+            if (n >= whole_blocks)
+                inner.template run<true>(s, at, n * p.block, position, scale);
+            else
+                inner.template run<false>(s, at, n * p.block, position, scale);
+        };
+        auto add = [&](int n) {
+            products_begin();
+            const uint64_t k = descriptor_transposed(shared.k[n % Shape::STAGES], Shape::PANEL);
+#pragma unroll
+            for (int i = 0; i < 4; i++) wgmma<T, true>(dq, ds[i], advance(k, i * 2048), 1);
+            products_commit();
+        };
+        scores(0);
+        products_wait<0>();
+        settle(s), settle(dp);
+        shared.ring_v.release(0);
+        softmax(0);
+        for (int n = 0; n + 1 < blocks; n++) {
+            gradients(s, dp, inner, at, lse, delta);
+            pack_operand<T, G>(ds, dp);
+            scores(n + 1);
+            add(n);
+            products_wait<2>();
+            settle(s);
+            softmax(n + 1);
+            products_wait<0>();
+            settle(dp), settle(dq);
+            shared.ring_k.release(n);
+            shared.ring_v.release(n + 1);
+        }
+        gradients(s, dp, inner, at, lse, delta);
+        pack_operand<T, G>(ds, dp);
+        add(blocks - 1);
+        products_wait<0>();
+        settle(dq);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int t = row + 8 * r;
+            if (t >= p.q_len) continue;
+            uint32_t *line = reinterpret_cast<uint32_t *>(static_cast<T *>(p.dq) + (head * p.q_len + t) * D);
+#pragma unroll
+            for (int n = 0; n < D / 8; n++) line[n * 4 + lane % 4] = pack<T>(dq[4 * n + 2 * r] * p.scale, dq[4 * n + 2 * r + 1] * p.scale);
+        }
+    }
+}
+
+template <int D> struct HopperKeyGradient {
+    static constexpr int ROWS = 64, STAGES = 3, PANELS = D / 64, PANEL = 64 * 128, BYTES_TILE = PANELS * PANEL;
+    struct Shared {
+        unsigned char k[CONSUMERS][BYTES_TILE], v[CONSUMERS][BYTES_TILE];
+        unsigned char q[STAGES][BYTES_TILE], dout[STAGES][BYTES_TILE];
+        unsigned char weights[CONSUMERS][PANEL], ds[CONSUMERS][PANEL];
+        Ring<STAGES> ring;
+        uint64_t keys_full;
+    };
+    static constexpr int BYTES = sizeof(Shared) + 1024;
+};
+
+// 64 rows of G groups into a swizzled panel, columns beyond as zeros.
+template <typename T, int G> __device__ __forceinline__ void store_panel(unsigned char *panel, const float (&x)[G * 4], int warp) {
+    const int lane = threadIdx.x % 32, row = 16 * warp + lane / 8 % 2 * 8 + lane % 8;
+    uint32_t operand[4][4];
+    pack_operand<T, G>(operand, x);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const uint32_t (&a)[4] = operand[k];
+        const uint32_t to = shared_address(panel + row * 128 + ((2 * k + lane / 16) ^ row % 8) * 16);
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+                     : "memory");
+    }
+}
+
+__device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
+
+// dk and dv of two blocks of keys, one a warpgroup, over all queries that see them.
+template <typename T, int D, int G>
+__global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_key_gradient_kernel(const __grid_constant__ Params p, const __grid_constant__ Maps maps) {
+    using Shape = HopperKeyGradient<D>;
+    extern __shared__ unsigned char memory[];
+    auto &shared = *reinterpret_cast<typename Shape::Shared *>(aligned_memory(memory));
+
+    const int b = blockIdx.z, kv_head = blockIdx.y, history = p.kv_len - p.q_len, heads = p.heads / p.kv_heads;
+    const int first_key = blockIdx.x * 2 * p.block;
+    const int first_tile = max(first_key - history, 0) / Shape::ROWS;
+    const int tiles = (p.q_len + Shape::ROWS - 1) / Shape::ROWS - first_tile, total = max(tiles, 0) * heads;
+    if (threadIdx.x == 0) {
+        shared.ring.init(4 * CONSUMERS);
+        barrier_init(&shared.keys_full, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+
+    if (threadIdx.x < 128) {
+        registers_give<24>();
+        if (threadIdx.x == 0) {
+            barrier_expect(&shared.keys_full, 2 * CONSUMERS * Shape::PANELS * G * 1024);
+            for (int w = 0; w < CONSUMERS; w++)
+                for (int c = 0; c < Shape::PANELS; c++) {
+                    tensor_load(shared.k[w] + c * Shape::PANEL, maps.k, &shared.keys_full, 64 * c, first_key + w * p.block, kv_head, b);
+                    tensor_load(shared.v[w] + c * Shape::PANEL, maps.v, &shared.keys_full, 64 * c, first_key + w * p.block, kv_head, b);
+                }
+            for (int n = 0; n < total; n++) {
+                const int h = kv_head * heads + n / tiles, step = (first_tile + n % tiles) * Shape::ROWS, stage = n % Shape::STAGES;
+                uint64_t *full = shared.ring.fill(n, 2 * Shape::BYTES_TILE);
+                for (int c = 0; c < Shape::PANELS; c++) {
+                    tensor_load(shared.q[stage] + c * Shape::PANEL, maps.q, full, 64 * c, step, h, b);
+                    tensor_load(shared.dout[stage] + c * Shape::PANEL, maps.dout, full, 64 * c, step, h, b);
+                }
+            }
+        }
+    } else {
+        registers_take<240>();
+        const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+        const int own_first = first_key + group * p.block;
+        const float scale = p.scale * LOG2_E;
+        const Regular at(p.block);
+        float s[4 * G], dp[4 * G], dk[D / 2] = {}, dv[D / 2] = {};
+        barrier_wait(&shared.keys_full, 0);
+        InnerSoftmax<G, 1> inner;
+        float lse[2], delta[2];
+        auto scores = [&](int n) {
+            shared.ring.wait(n);
+            products_begin();
+            issue_abt<T, D>(s, shared.q[n % Shape::STAGES], Shape::PANEL, shared.k[group], Shape::PANEL);
+            products_commit();
+            products_begin();
+            issue_abt<T, D>(dp, shared.dout[n % Shape::STAGES], Shape::PANEL, shared.v[group], Shape::PANEL);
+            products_commit();
+        };
+        auto softmax = [&](int n) {
+            const int step = (first_tile + n % tiles) * Shape::ROWS, row = step + 16 * warp + lane / 4;
+            const int position[2] = {history + row, history + row + 8};
+            load_row_values(p, int64_t(b) * p.heads + kv_head * heads + n / tiles, row, lse, delta);
+            if (history + step < own_first + p.block)
+                inner.template run<true>(s, at, own_first, position, scale);
+            else
+                inner.template run<false>(s, at, own_first, position, scale);
+        };
+        auto store = [&] {
+            gradients(s, dp, inner, at, lse, delta);
+            group_barrier(group);  // no warp still reads the last weights
+            store_panel<T, G>(shared.weights[group], s, warp);
+            store_panel<T, G>(shared.ds[group], dp, warp);
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            group_barrier(group);
+        };
+        auto add = [&](int n) {
+            products_begin();
+            const uint64_t weights = descriptor_transposed(shared.weights[group], Shape::PANEL), ds = descriptor_transposed(shared.ds[group], Shape::PANEL);
+            const uint64_t dout = descriptor_transposed(shared.dout[n % Shape::STAGES], Shape::PANEL), q = descriptor_transposed(shared.q[n % Shape::STAGES], Shape::PANEL);
+#pragma unroll
+            for (int i = 0; i < 4; i++) wgmma<T, true, true>(dv, advance(weights, i * 2048), advance(dout, i * 2048), 1);
+#pragma unroll
+            for (int i = 0; i < 4; i++) wgmma<T, true, true>(dk, advance(ds, i * 2048), advance(q, i * 2048), 1);
+            products_commit();
+        };
+        if (total > 0) {
+            scores(0);
+            products_wait<0>();
+            settle(s), settle(dp);
+            softmax(0);
+            for (int n = 0; n + 1 < total; n++) {
+                store();
+                scores(n + 1);
+                add(n);
+                products_wait<2>();
+                settle(s);
+                softmax(n + 1);
+                products_wait<0>();
+                settle(dp), settle(dk), settle(dv);
+                shared.ring.release(n);
+            }
+            store();
+            add(total - 1);
+            products_wait<0>();
+            settle(dk), settle(dv);
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int slot = 16 * warp + lane / 4 + 8 * r, key = own_first + slot;
+            if (slot >= p.block || key >= p.kv_len) continue;
+            const int64_t to = ((int64_t(b) * p.kv_heads + kv_head) * p.kv_len + key) * D;
+            uint32_t *line_k = reinterpret_cast<uint32_t *>(static_cast<T *>(p.dk) + to), *line_v = reinterpret_cast<uint32_t *>(static_cast<T *>(p.dv) + to);
+#pragma unroll
+            for (int n = 0; n < D / 8; n++) {
+                line_k[n * 4 + lane % 4] = pack<T>(dk[4 * n + 2 * r] * p.scale, dk[4 * n + 2 * r + 1] * p.scale);
+                line_v[n * 4 + lane % 4] = pack<T>(dv[4 * n + 2 * r], dv[4 * n + 2 * r + 1]);
+            }
+        }
+    }
+}

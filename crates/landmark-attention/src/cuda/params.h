@@ -1,0 +1,60 @@
+// What crosses the boundary between Rust and CUDA. `params.rs` holds the same structs; both sides assert their sizes.
+#pragma once
+#include <cstdint>
+
+// Keys are worked on in units of 64 slots, a unit in 8 groups of 8 slots, so that every block starts at a group: the sums over a
+// block are then sums over whole groups, whatever the blocks' sizes.
+constexpr int GROUPS = 8;
+constexpr int UNIT = 64;
+
+// This group is the last of a segment: of a block, or of a piece of one.
+constexpr uint8_t SEGMENT_END = 1;
+// The last key of this group is the landmark of its block.
+constexpr uint8_t LANDMARK = 2;
+
+struct Group {
+    int32_t start;   // its first key; keys are consecutive
+    uint8_t count;   // 0 to 8 keys
+    uint8_t flags;
+    uint8_t hidden;  // bit i: a query does not see key i if that is the query's own position
+    uint8_t reserved;
+};
+
+struct Unit {
+    Group groups[GROUPS];
+    int32_t first_key, last_key;
+    // A block that does not fit a unit is long: it takes whole units of its own.
+    int32_t long_block;             // its ordinal among the long blocks of the row, or -1
+    int32_t landmark;               // the place of its landmark
+    int32_t part_first, part_last;  // its units
+};
+
+enum DType : int32_t { F32 = 0, F16 = 1, BF16 = 2 };
+
+struct Strides {
+    int64_t batch, head, step;  // in elements; channels are contiguous
+};
+
+struct Params {
+    const void *q, *k, *v, *dout;
+    void *out;         // [batch, heads, q_len, head_dim]; so are dq, and dk and dv with kv_heads and kv_len
+    float *lse;        // [batch, heads, q_len], natural
+    void *dq, *dk, *dv;
+    float *rows;       // [batch, heads, q_pad, 2]: log-sum-exp in base 2 and delta, from the backward's first kernel
+    float *stats;      // [batch, heads, LONG_BLOCKS_AT_ONCE, q_pad, 2]: shift and D of long blocks
+    const Unit *units; // of all rows, one after the other
+    const int32_t *first_unit;  // [batch + 1]: the units of row b are first_unit[b]..first_unit[b + 1]
+    Strides q_strides, k_strides, v_strides, dout_strides;
+    int32_t batch, heads, kv_heads, q_len, kv_len, head_dim;
+    int32_t q_pad;     // q_len rounded up to a multiple of 128
+    int32_t max_units; // of any row
+    int32_t max_long_blocks;
+    int32_t block;     // L if every L-th key is a landmark and the softmax is grouped, else 0
+    int32_t dtype;
+    float scale;
+};
+
+// Long blocks whose statistics are held at once: what keeps their memory O(q_len).
+constexpr int LONG_BLOCKS_AT_ONCE = 16;
+
+static_assert(sizeof(Group) == 8 && sizeof(Unit) == 88 && sizeof(Strides) == 24 && sizeof(Params) == 248);
