@@ -28,39 +28,44 @@ static bool make_map(CUtensorMap &map, const void *data, const Strides &strides,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Regular blocks that fill seven or eight groups, heads of 64 or 128, 16-bit elements.
+static bool is_regular(const Params &p) { return p.block >= 49 && p.block <= 64; }
+
+// Blocks of at most 64 (regular ones that fill seven or eight groups, or listed ones), heads of 64 or 128, 16-bit elements.
 bool hopper_takes(const Params &p, bool backward, Maps &maps) {
-    if (p.dtype == F32 || (p.head_dim != 64 && p.head_dim != 128) || p.block < 49 || p.block > 64 || !(p.scale > 0) || p.q_len < 16) return false;
-    const int rows = (p.block + 7) / 8 * 8;
+    if (p.dtype == F32 || (p.head_dim != 64 && p.head_dim != 128) || !(p.scale > 0) || p.q_len < 16) return false;
+    if (!is_regular(p) && !p.blocks) return false;
+    const int rows = is_regular(p) ? (p.block + 7) / 8 * 8 : 64;
     return make_map(maps.q, p.q, p.q_strides, p, p.q_len, p.heads, 64) && make_map(maps.k, p.k, p.k_strides, p, p.kv_len, p.kv_heads, rows) &&
            make_map(maps.v, p.v, p.v_strides, p, p.kv_len, p.kv_heads, rows) &&
            (!backward || make_map(maps.dout, p.dout, p.dout_strides, p, p.q_len, p.heads, 64));
 }
 
-template <typename T, int D, int G> static cudaError_t run_forward(const Params &p, const Maps &maps, cudaStream_t stream) {
+template <typename T, int D, int G, bool REGULAR> static cudaError_t run_forward(const Params &p, const Maps &maps, cudaStream_t stream) {
     using Shape = HopperForward<D, G>;
-    TRY(allow_shared(hopper_forward_kernel<T, D, G>, Shape::BYTES));
-    hopper_forward_kernel<T, D, G><<<dim3(tiles_of(p.q_len, Shape::ROWS), p.heads, p.batch), HOPPER_THREADS, Shape::BYTES, stream>>>(p, maps);
+    TRY(allow_shared(hopper_forward_kernel<T, D, G, REGULAR>, Shape::BYTES));
+    hopper_forward_kernel<T, D, G, REGULAR><<<dim3(tiles_of(p.q_len, Shape::ROWS), p.heads, p.batch), HOPPER_THREADS, Shape::BYTES, stream>>>(p, maps);
     return cudaGetLastError();
 }
 
-template <typename T, int D, int G> static cudaError_t run_backward(const Params &p, const Maps &maps, cudaStream_t stream) {
+template <typename T, int D, int G, bool REGULAR> static cudaError_t run_backward(const Params &p, const Maps &maps, cudaStream_t stream) {
     using Queries = HopperQueryGradient<D>;
     using Keys = HopperKeyGradient<D>;
     rows_kernel<T><<<dim3(tiles_of(p.q_pad, 4), p.heads, p.batch), 128, 0, stream>>>(p);
     TRY(cudaGetLastError());
-    TRY(allow_shared(hopper_query_gradient_kernel<T, D, G>, Queries::BYTES));
-    hopper_query_gradient_kernel<T, D, G><<<dim3(tiles_of(p.q_len, Queries::ROWS), p.heads, p.batch), HOPPER_THREADS, Queries::BYTES, stream>>>(p, maps);
+    TRY(allow_shared(hopper_query_gradient_kernel<T, D, G, REGULAR>, Queries::BYTES));
+    hopper_query_gradient_kernel<T, D, G, REGULAR><<<dim3(tiles_of(p.q_len, Queries::ROWS), p.heads, p.batch), HOPPER_THREADS, Queries::BYTES, stream>>>(p, maps);
     TRY(cudaGetLastError());
-    TRY(allow_shared(hopper_key_gradient_kernel<T, D, G>, Keys::BYTES));
-    hopper_key_gradient_kernel<T, D, G><<<dim3(tiles_of(p.kv_len, 2 * p.block), p.kv_heads, p.batch), HOPPER_THREADS, Keys::BYTES, stream>>>(p, maps);
+    TRY(allow_shared(hopper_key_gradient_kernel<T, D, G, REGULAR>, Keys::BYTES));
+    hopper_key_gradient_kernel<T, D, G, REGULAR><<<dim3(REGULAR ? tiles_of(p.kv_len, 2 * p.block) : p.block_stride / 2, p.kv_heads, p.batch), HOPPER_THREADS, Keys::BYTES, stream>>>(p, maps);
     return cudaGetLastError();
 }
 
 template <typename F> static cudaError_t dispatch(const Params &p, F f) {
     auto dim = [&](auto type) {
         auto groups = [&](auto d) {
-            return p.block <= 56 ? f(type, d, std::integral_constant<int, 7>()) : f(type, d, std::integral_constant<int, 8>());
+            using std::integral_constant;
+            if (!is_regular(p)) return f(type, d, integral_constant<int, 8>(), std::false_type());
+            return p.block <= 56 ? f(type, d, integral_constant<int, 7>(), std::true_type()) : f(type, d, integral_constant<int, 8>(), std::true_type());
         };
         return p.head_dim == 64 ? groups(std::integral_constant<int, 64>()) : groups(std::integral_constant<int, 128>());
     };
@@ -68,9 +73,13 @@ template <typename F> static cudaError_t dispatch(const Params &p, F f) {
 }
 
 cudaError_t hopper_forward(const Params &p, const Maps &maps, cudaStream_t stream) {
-    return dispatch(p, [&](auto t, auto d, auto g) { return run_forward<decltype(t), decltype(d)::value, decltype(g)::value>(p, maps, stream); });
+    return dispatch(p, [&](auto t, auto d, auto g, auto regular) {
+        return run_forward<decltype(t), decltype(d)::value, decltype(g)::value, decltype(regular)::value>(p, maps, stream);
+    });
 }
 
 cudaError_t hopper_backward(const Params &p, const Maps &maps, cudaStream_t stream) {
-    return dispatch(p, [&](auto t, auto d, auto g) { return run_backward<decltype(t), decltype(d)::value, decltype(g)::value>(p, maps, stream); });
+    return dispatch(p, [&](auto t, auto d, auto g, auto regular) {
+        return run_backward<decltype(t), decltype(d)::value, decltype(g)::value, decltype(regular)::value>(p, maps, stream);
+    });
 }

@@ -108,10 +108,22 @@ constexpr int CONSUMERS = 2;  // warpgroups that compute; one more loads
 constexpr int HOPPER_THREADS = 128 * (CONSUMERS + 1);
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// Where the landmark of a regular block is among its slots: the block takes GROUPS_PER_BLOCK groups, the landmark is in the last.
-struct Regular {
-    int block, column;  // column of the landmark in its group
-    __device__ explicit Regular(int block) : block(block), column((block - 1) % 8) {}
+// The blocks of a row. REGULAR: every p.block keys, the landmark in the last of the G groups that a block takes.
+template <bool REGULAR> struct Blocks {
+    const Params &p;
+    int b;
+    __device__ __forceinline__ Block at(int i) const {
+        if (REGULAR) return {i * p.block, p.block};
+        const int2 x = __ldg(reinterpret_cast<const int2 *>(p.blocks) + int64_t(b) * p.block_stride + i);
+        return {x.x, x.y};
+    }
+    // Of the 64 queries from `first` on, where the positions begin after `history`.
+    __device__ __forceinline__ View view(int first, int history) const {
+        if (REGULAR) return {(history + min(first + 64, p.q_len) - 1) / p.block + 1, (history + first) / p.block};
+        const int tiles = (p.q_len + 63) / 64, tile = min(first / 64, tiles - 1);
+        const int2 x = __ldg(reinterpret_cast<const int2 *>(p.views) + int64_t(b) * tiles + tile);
+        return {x.x, x.y};
+    }
 };
 
 // Raw scores of UNITS blocks, one after the other, 64 queries a warpgroup. First half of their softmax: the landmarks' scores and the
@@ -120,27 +132,35 @@ template <int G, int UNITS> struct InnerSoftmax {
     float landmark[UNITS][2], max[UNITS][2], sum[UNITS][2];
     bool past[UNITS][2];
 
-    template <bool MASKED> __device__ __forceinline__ void run(float (&s)[UNITS * G * 4], const Regular &at, int first_key, const int (&position)[2], float scale) {
+    template <bool MASKED, bool REGULAR>
+    __device__ __forceinline__ void run(float (&s)[UNITS * G * 4], const Block (&blocks)[UNITS], const int (&position)[2], float scale) {
         const int lane = threadIdx.x % 32, t = lane % 4;
 #pragma unroll
         for (int u = 0; u < UNITS; u++) {
             float *x = s + u * G * 4;
+            const int last = blocks[u].n - 1, column = last % 8, group = REGULAR ? G - 1 : last / 8;
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const float mine = at.column & 1 ? x[4 * (G - 1) + 2 * r + 1] : x[4 * (G - 1) + 2 * r];
-                landmark[u][r] = __shfl_sync(~0u, mine, (lane & ~3) | (at.column >> 1)) * scale;
-                past[u][r] = !MASKED || position[r] >= first_key + (u + 1) * at.block;
+                float mine = 0;
+#pragma unroll
+                for (int i = REGULAR ? G - 1 : 0; i < G; i++)
+                    if (i == group) mine = column & 1 ? x[4 * i + 2 * r + 1] : x[4 * i + 2 * r];
+                landmark[u][r] = __shfl_sync(~0u, mine, (lane & ~3) | (column >> 1)) * scale;
+                past[u][r] = !MASKED || position[r] >= blocks[u].start + blocks[u].n;
                 float high = NEGATIVE_INFINITY;
 #pragma unroll
-                for (int i = 0; i < G; i++)
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        float &score = x[4 * i + 2 * r + e];
-                        const int slot = 8 * i + 2 * t + e;
-                        if (i == G - 1 && 2 * t + e >= at.column) score = NEGATIVE_INFINITY;
-                        if (MASKED && first_key + u * at.block + slot > position[r]) score = NEGATIVE_INFINITY;
-                        high = fmaxf(high, score);
+                for (int i = 0; i < G; i++) {
+                    float &a = x[4 * i + 2 * r], &b = x[4 * i + 2 * r + 1];
+                    const int slot = 8 * i + 2 * t;
+                    // One branch for the whole warp: most groups lie before the landmark.
+                    if (REGULAR ? i == G - 1 : last < 8 * i + 8) {
+                        if (slot >= last) a = NEGATIVE_INFINITY;
+                        if (slot + 1 >= last) b = NEGATIVE_INFINITY;
                     }
+                    if (MASKED && blocks[u].start + slot > position[r]) a = NEGATIVE_INFINITY;
+                    if (MASKED && blocks[u].start + slot + 1 > position[r]) b = NEGATIVE_INFINITY;
+                    high = fmaxf(high, fmaxf(a, b));
+                }
                 max[u][r] = high;
             }
         }

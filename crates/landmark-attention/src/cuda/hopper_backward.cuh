@@ -1,46 +1,37 @@
-// Backward on Hopper, for regular blocks of 49 to 64; the arithmetic is that of `backward.cuh`.
+// Backward on Hopper, for the blocks of `hopper_forward.cuh`; the arithmetic is that of `backward.cuh`.
 #pragma once
 #include "hopper.cuh"
 
-// Powers to weights (in `s`) and dP to ds, for UNITS blocks.
-template <int G, int UNITS>
-__device__ __forceinline__ void gradients(float (&s)[UNITS * G * 4], float (&dp)[UNITS * G * 4], const InnerSoftmax<G, UNITS> &inner,
-                                          const Regular &at, const float (&lse)[2], const float (&delta)[2]) {
-    const int t = threadIdx.x % 4;
-    float dot[UNITS][2];
+// Powers to weights (in `s`) and dP to ds, for a block.
+template <int G, bool REGULAR>
+__device__ __forceinline__ void gradients(float (&s)[G * 4], float (&dp)[G * 4], const InnerSoftmax<G, 1> &inner, const Block &block,
+                                          const float (&lse)[2], const float (&delta)[2]) {
+    const int t = threadIdx.x % 4, last = block.n - 1, column = last % 8, group = REGULAR ? G - 1 : last / 8;
+    float dot[2] = {0, 0};
 #pragma unroll
-    for (int u = 0; u < UNITS; u++)
+    for (int i = 0; i < G; i++)
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            dot[u][r] = 0;
+        for (int e = 0; e < 4; e++) dot[e / 2] += s[4 * i + e] * dp[4 * i + e];
 #pragma unroll
-            for (int i = 0; i < G; i++)
+    for (int r = 0; r < 2; r++) dot[r] = quad_sum(dot[r]);
 #pragma unroll
-                for (int e = 2 * r; e < 2 * r + 2; e++) dot[u][r] += s[(u * G + i) * 4 + e] * dp[(u * G + i) * 4 + e];
-        }
+    for (int r = 0; r < 2; r++) {
+        const bool past = inner.past[0][r];
+        const float share = power2((past ? inner.landmark[0][r] : inner.max[0][r]) - lse[r]);
+        // A landmark that follows a landmark has a block of nothing: its share is lost.
+        const float inverse = REGULAR || inner.sum[0][r] > 0 ? __fdividef(1.f, inner.sum[0][r]) : 0.f;
+        const float factor = past ? share * inverse : share, mean = past ? dot[r] * inverse : delta[r];
+        const float ds_landmark = past ? share * (mean - delta[r]) : 0.f;
 #pragma unroll
-    for (int u = 0; u < UNITS; u++)
+        for (int i = 0; i < G; i++)
 #pragma unroll
-        for (int r = 0; r < 2; r++) dot[u][r] = quad_sum(dot[u][r]);
-#pragma unroll
-    for (int u = 0; u < UNITS; u++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const bool past = inner.past[u][r];
-            const float share = power2((past ? inner.landmark[u][r] : inner.max[u][r]) - lse[r]);
-            const float inverse = __fdividef(1.f, inner.sum[u][r]);
-            const float factor = past ? share * inverse : share, mean = past ? dot[u][r] * inverse : delta[r];
-            const float ds_landmark = past ? share * (mean - delta[r]) : 0.f;
-#pragma unroll
-            for (int i = 0; i < G; i++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float &w = s[(u * G + i) * 4 + 2 * r + e], &d = dp[(u * G + i) * 4 + 2 * r + e];
-                    w *= factor;
-                    d = w * (d - mean);
-                    if (i == G - 1 && 2 * t + e == at.column) d = ds_landmark;
-                }
-        }
+            for (int e = 0; e < 2; e++) {
+                float &w = s[4 * i + 2 * r + e], &d = dp[4 * i + 2 * r + e];
+                w *= factor;
+                d = w * (d - mean);
+                if (i == group && 2 * t + e == column) d = ds_landmark;
+            }
+    }
 }
 
 // Rows 8G.. of the tiles are read as keys of weight 0, and no copy writes them: they must be numbers.
@@ -70,7 +61,7 @@ template <int D> struct HopperQueryGradient {
     static constexpr int BYTES = sizeof(Shared) + 1024;
 };
 
-template <typename T, int D, int G>
+template <typename T, int D, int G, bool REGULAR>
 __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_query_gradient_kernel(const __grid_constant__ Params p, const __grid_constant__ Maps maps) {
     using Shape = HopperQueryGradient<D>;
     extern __shared__ unsigned char memory[];
@@ -78,7 +69,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_query_gradient_kerne
 
     const int b = blockIdx.z, h = blockIdx.y, first = (gridDim.x - 1 - blockIdx.x) * Shape::ROWS;
     const int history = p.kv_len - p.q_len;
-    const int blocks = (history + min(first + Shape::ROWS, p.q_len) - 1) / p.block + 1;
+    const Blocks<REGULAR> blocks{p, b};
+    const int seen = blocks.view(min(first + 64, p.q_len - 1), history).seen;
     if (threadIdx.x == 0) {
         shared.ring_k.init(4 * CONSUMERS), shared.ring_v.init(4 * CONSUMERS);
         barrier_init(&shared.q_full, 1);
@@ -96,14 +88,14 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_query_gradient_kerne
                     tensor_load(shared.q[w] + c * Shape::PANEL, maps.q, &shared.q_full, 64 * c, first + 64 * w, h, b);
                     tensor_load(shared.dout[w] + c * Shape::PANEL, maps.dout, &shared.q_full, 64 * c, first + 64 * w, h, b);
                 }
-            for (int n = 0; n < blocks; n++) {
-                const int stage = n % Shape::STAGES;
+            for (int n = 0; n < seen; n++) {
+                const int stage = n % Shape::STAGES, key = blocks.at(n).start;
                 uint64_t *full = shared.ring_k.fill(n, Shape::PANELS * G * 1024);
                 for (int c = 0; c < Shape::PANELS; c++)
-                    tensor_load(shared.k[stage] + c * Shape::PANEL, maps.k, full, 64 * c, n * p.block, kv_head, b);
+                    tensor_load(shared.k[stage] + c * Shape::PANEL, maps.k, full, 64 * c, key, kv_head, b);
                 full = shared.ring_v.fill(n, Shape::PANELS * G * 1024);
                 for (int c = 0; c < Shape::PANELS; c++)
-                    tensor_load(shared.v[stage] + c * Shape::PANEL, maps.v, full, 64 * c, n * p.block, kv_head, b);
+                    tensor_load(shared.v[stage] + c * Shape::PANEL, maps.v, full, 64 * c, key, kv_head, b);
             }
         }
     } else {
@@ -111,10 +103,9 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_query_gradient_kerne
         const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
         const int row = first + 64 * group + 16 * warp + lane / 4;
         const int position[2] = {history + row, history + row + 8};
-        const int whole_blocks = (history + first + 64 * group) / p.block;  // behind which every query of the warpgroup is
+        const int behind = blocks.view(first + 64 * group, history).behind;
         const int64_t head = int64_t(b) * p.heads + h;
         const float scale = p.scale * LOG2_E;
-        const Regular at(p.block);
         float lse[2], delta[2];
         load_row_values(p, head, row, lse, delta);
         float s[4 * G], dp[4 * G], dq[D / 2] = {};
@@ -132,11 +123,13 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_query_gradient_kerne
             issue_abt<T, D>(dp, shared.dout[group], Shape::PANEL, shared.v[n % Shape::STAGES], Shape::PANEL);
             products_commit();
         };
+        Block block[1];
         auto softmax = [&](int n) {
-            if (n >= whole_blocks)
-                inner.template run<true>(s, at, n * p.block, position, scale);
+            block[0] = blocks.at(n);
+            if (n >= behind)
+                inner.template run<true, REGULAR>(s, block, position, scale);
             else
-                inner.template run<false>(s, at, n * p.block, position, scale);
+                inner.template run<false, REGULAR>(s, block, position, scale);
         };
         auto add = [&](int n) {
             products_begin();
@@ -150,8 +143,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_query_gradient_kerne
         settle(s), settle(dp);
         shared.ring_v.release(0);
         softmax(0);
-        for (int n = 0; n + 1 < blocks; n++) {
-            gradients(s, dp, inner, at, lse, delta);
+        for (int n = 0; n + 1 < seen; n++) {
+            gradients<G, REGULAR>(s, dp, inner, block[0], lse, delta);
             pack_operand<T, G>(ds, dp);
             scores(n + 1);
             add(n);
@@ -163,9 +156,9 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_query_gradient_kerne
             shared.ring_k.release(n);
             shared.ring_v.release(n + 1);
         }
-        gradients(s, dp, inner, at, lse, delta);
+        gradients<G, REGULAR>(s, dp, inner, block[0], lse, delta);
         pack_operand<T, G>(ds, dp);
-        add(blocks - 1);
+        add(seen - 1);
         products_wait<0>();
         settle(dq);
 #pragma unroll
@@ -208,14 +201,15 @@ template <typename T, int G> __device__ __forceinline__ void store_panel(unsigne
 __device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
 // dk and dv of two blocks of keys, one a warpgroup, over all queries that see them.
-template <typename T, int D, int G>
+template <typename T, int D, int G, bool REGULAR>
 __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_key_gradient_kernel(const __grid_constant__ Params p, const __grid_constant__ Maps maps) {
     using Shape = HopperKeyGradient<D>;
     extern __shared__ unsigned char memory[];
     auto &shared = *reinterpret_cast<typename Shape::Shared *>(aligned_memory(memory));
 
     const int b = blockIdx.z, kv_head = blockIdx.y, history = p.kv_len - p.q_len, heads = p.heads / p.kv_heads;
-    const int first_key = blockIdx.x * 2 * p.block;
+    const Blocks<REGULAR> blocks{p, b};
+    const int first_key = blocks.at(2 * blockIdx.x).start;
     const int first_tile = max(first_key - history, 0) / Shape::ROWS;
     const int tiles = (p.q_len + Shape::ROWS - 1) / Shape::ROWS - first_tile, total = max(tiles, 0) * heads;
     if (threadIdx.x == 0) {
@@ -231,8 +225,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_key_gradient_kernel(
             barrier_expect(&shared.keys_full, 2 * CONSUMERS * Shape::PANELS * G * 1024);
             for (int w = 0; w < CONSUMERS; w++)
                 for (int c = 0; c < Shape::PANELS; c++) {
-                    tensor_load(shared.k[w] + c * Shape::PANEL, maps.k, &shared.keys_full, 64 * c, first_key + w * p.block, kv_head, b);
-                    tensor_load(shared.v[w] + c * Shape::PANEL, maps.v, &shared.keys_full, 64 * c, first_key + w * p.block, kv_head, b);
+                    tensor_load(shared.k[w] + c * Shape::PANEL, maps.k, &shared.keys_full, 64 * c, blocks.at(2 * blockIdx.x + w).start, kv_head, b);
+                    tensor_load(shared.v[w] + c * Shape::PANEL, maps.v, &shared.keys_full, 64 * c, blocks.at(2 * blockIdx.x + w).start, kv_head, b);
                 }
             for (int n = 0; n < total; n++) {
                 const int h = kv_head * heads + n / tiles, step = (first_tile + n % tiles) * Shape::ROWS, stage = n % Shape::STAGES;
@@ -246,9 +240,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_key_gradient_kernel(
     } else {
         registers_take<240>();
         const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-        const int own_first = first_key + group * p.block;
+        const Block block[1] = {blocks.at(2 * blockIdx.x + group)};
         const float scale = p.scale * LOG2_E;
-        const Regular at(p.block);
         float s[4 * G], dp[4 * G], dk[D / 2] = {}, dv[D / 2] = {};
         barrier_wait(&shared.keys_full, 0);
         InnerSoftmax<G, 1> inner;
@@ -266,13 +259,13 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_key_gradient_kernel(
             const int step = (first_tile + n % tiles) * Shape::ROWS, row = step + 16 * warp + lane / 4;
             const int position[2] = {history + row, history + row + 8};
             load_row_values(p, int64_t(b) * p.heads + kv_head * heads + n / tiles, row, lse, delta);
-            if (history + step < own_first + p.block)
-                inner.template run<true>(s, at, own_first, position, scale);
+            if (history + step < block[0].start + block[0].n)
+                inner.template run<true, REGULAR>(s, block, position, scale);
             else
-                inner.template run<false>(s, at, own_first, position, scale);
+                inner.template run<false, REGULAR>(s, block, position, scale);
         };
         auto store = [&] {
-            gradients(s, dp, inner, at, lse, delta);
+            gradients<G, REGULAR>(s, dp, inner, block[0], lse, delta);
             group_barrier(group);  // no warp still reads the last weights
             store_panel<T, G>(shared.weights[group], s, warp);
             store_panel<T, G>(shared.ds[group], dp, warp);
@@ -312,8 +305,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_key_gradient_kernel(
         }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const int slot = 16 * warp + lane / 4 + 8 * r, key = own_first + slot;
-            if (slot >= p.block || key >= p.kv_len) continue;
+            const int slot = 16 * warp + lane / 4 + 8 * r, key = block[0].start + slot;
+            if (slot >= block[0].n || key >= p.kv_len) continue;
             const int64_t to = ((int64_t(b) * p.kv_heads + kv_head) * p.kv_len + key) * D;
             uint32_t *line_k = reinterpret_cast<uint32_t *>(static_cast<T *>(p.dk) + to), *line_v = reinterpret_cast<uint32_t *>(static_cast<T *>(p.dv) + to);
 #pragma unroll

@@ -1,4 +1,4 @@
-// Forward on Hopper, for regular blocks of 49 to 64: 128 queries a block of threads, 64 a warpgroup, two blocks of keys at a time. The
+// Forward on Hopper, for blocks of at most 64, regular ones of 49 to 64 without a table: 128 queries a block of threads, 64 a warpgroup, two blocks of keys at a time. The
 // scores of the next two blocks are computed while the values of the last two are added.
 #pragma once
 #include "hopper.cuh"
@@ -16,11 +16,11 @@ template <int D, int G> struct HopperForward {
 };
 
 // Powers of two blocks to weights relative to the running maximum, which they raise.
-template <int G, bool MASKED>
-__device__ __forceinline__ void absorb_pair(float (&s)[8 * G], const Regular &at, int first_key, const int (&position)[2], float scale,
+template <int G, bool MASKED, bool REGULAR>
+__device__ __forceinline__ void absorb_pair(float (&s)[8 * G], const Block (&blocks)[2], const int (&position)[2], float scale,
                                             float (&m)[2], float (&sum)[2], float (&fade)[2]) {
     InnerSoftmax<G, 2> inner;
-    inner.template run<MASKED>(s, at, first_key, position, scale);
+    inner.template run<MASKED, REGULAR>(s, blocks, position, scale);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float high = m[r];
@@ -33,7 +33,9 @@ __device__ __forceinline__ void absorb_pair(float (&s)[8 * G], const Regular &at
 #pragma unroll
         for (int u = 0; u < 2; u++) {
             const float share = power2((inner.past[u][r] ? inner.landmark[u][r] : inner.max[u][r]) - base);
-            const float factor = inner.past[u][r] ? __fdividef(share, inner.sum[u][r]) : share;
+            // A landmark that follows a landmark has a block of nothing: its share is lost.
+            const bool some = REGULAR || inner.sum[u][r] > 0;
+            const float factor = !inner.past[u][r] ? share : some ? __fdividef(share, inner.sum[u][r]) : 0.f;
             total += inner.past[u][r] ? share : share * inner.sum[u][r];
 #pragma unroll
             for (int i = 0; i < G; i++)
@@ -44,7 +46,7 @@ __device__ __forceinline__ void absorb_pair(float (&s)[8 * G], const Regular &at
     }
 }
 
-template <typename T, int D, int G>
+template <typename T, int D, int G, bool REGULAR>
 __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_forward_kernel(const __grid_constant__ Params p, const __grid_constant__ Maps maps) {
     using Shape = HopperForward<D, G>;
     extern __shared__ unsigned char memory[];
@@ -52,8 +54,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_forward_kernel(const
 
     const int b = blockIdx.z, h = blockIdx.y, first = (gridDim.x - 1 - blockIdx.x) * Shape::ROWS;
     const int history = p.kv_len - p.q_len;
-    const int last_position = history + min(first + Shape::ROWS, p.q_len) - 1;
-    const int pairs = last_position / (2 * p.block) + 1;
+    const Blocks<REGULAR> blocks{p, b};
+    const int pairs = (blocks.view(min(first + 64, p.q_len - 1), history).seen + 1) / 2;
     if (threadIdx.x == 0) {
         shared.ring_k.init(4 * CONSUMERS), shared.ring_v.init(4 * CONSUMERS);
         barrier_init(&shared.q_full, 1);
@@ -70,15 +72,15 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_forward_kernel(const
                 for (int c = 0; c < Shape::PANELS; c++)
                     tensor_load(shared.q[w] + c * Shape::Q_PANEL, maps.q, &shared.q_full, 64 * c, first + 64 * w, h, b);
             for (int n = 0; n < pairs; n++) {
-                const int key = (pairs - 1 - n) * 2 * p.block;
+                const int pair = pairs - 1 - n, keys[2] = {blocks.at(2 * pair).start, blocks.at(2 * pair + 1).start};
                 uint64_t *full = shared.ring_k.fill(n, Shape::KEY_BYTES);
                 for (int i = 0; i < 2 * Shape::PANELS; i++)
                     tensor_load(shared.k[n % Shape::STAGES] + i / 2 * Shape::KEY_PANEL + i % 2 * Shape::KEY_PANEL / 2, maps.k, full,
-                                i / 2 * 64, key + i % 2 * p.block, kv_head, b);
+                                i / 2 * 64, keys[i % 2], kv_head, b);
                 full = shared.ring_v.fill(n, Shape::KEY_BYTES);
                 for (int i = 0; i < 2 * Shape::PANELS; i++)
                     tensor_load(shared.v[n % Shape::STAGES] + i / 2 * Shape::KEY_PANEL + i % 2 * Shape::KEY_PANEL / 2, maps.v, full,
-                                i / 2 * 64, key + i % 2 * p.block, kv_head, b);
+                                i / 2 * 64, keys[i % 2], kv_head, b);
             }
         }
     } else {
@@ -86,9 +88,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_forward_kernel(const
         const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
         const int row = first + 64 * group + 16 * warp + lane / 4;
         const int position[2] = {history + row, history + row + 8};
-        const int whole_pairs = (history + first + 64 * group) / (2 * p.block);  // behind which every query of the warpgroup is
+        const int pairs_behind = blocks.view(first + 64 * group, history).behind / 2;
         const float scale = p.scale * LOG2_E;
-        const Regular at(p.block);
         float s[8 * G], out[D / 2], m[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY}, sum[2] = {0, 0}, fade[2];
         uint32_t weights[G][4];
         auto scores = [&](int n) {
@@ -106,11 +107,12 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_forward_kernel(const
             products_commit();
         };
         auto absorb = [&](int n) {
-            const int pair = pairs - 1 - n, first_key = pair * 2 * p.block;
-            if (pair >= whole_pairs)
-                absorb_pair<G, true>(s, at, first_key, position, scale, m, sum, fade);
+            const int pair = pairs - 1 - n;
+            const Block two[2] = {blocks.at(2 * pair), blocks.at(2 * pair + 1)};
+            if (pair >= pairs_behind)
+                absorb_pair<G, true, REGULAR>(s, two, position, scale, m, sum, fade);
             else
-                absorb_pair<G, false>(s, at, first_key, position, scale, m, sum, fade);
+                absorb_pair<G, false, REGULAR>(s, two, position, scale, m, sum, fade);
         };
         barrier_wait(&shared.q_full, 0);
         scores(0);

@@ -29,6 +29,17 @@ struct Unit {
     int32_t part_first, part_last;  // its units
 };
 
+// What Hopper's kernels work on: a block, landmark included, or a piece of a block that no query is behind, of BEYOND keys.
+struct Block {
+    int32_t start, n;
+};
+constexpr int BEYOND = 1 << 30;
+
+// Of 64 queries in turn: how many blocks one of them sees, and how many all of them are behind.
+struct View {
+    int32_t seen, behind;
+};
+
 enum DType : int32_t { F32 = 0, F16 = 1, BF16 = 2 };
 
 struct Strides {
@@ -44,17 +55,22 @@ struct Params {
     float *stats;      // [batch, heads, LONG_BLOCKS_AT_ONCE, q_pad, 2]: shift and D of long blocks
     const Unit *units; // of all rows, one after the other
     const int32_t *first_unit;  // [batch + 1]: the units of row b are first_unit[b]..first_unit[b + 1]
+    // Hopper's kernels for irregular landmarks, or null: [batch, block_stride] blocks, [batch, q_len / 64 rounded up] views.
+    const Block *blocks;
+    const View *views;
     Strides q_strides, k_strides, v_strides, dout_strides;
     int32_t batch, heads, kv_heads, q_len, kv_len, head_dim;
     int32_t q_pad;     // q_len rounded up to a multiple of 128
     int32_t max_units; // of any row
     int32_t max_long_blocks;
     int32_t block;     // L if every L-th key is a landmark and the softmax is grouped, else 0
+    int32_t block_stride;  // even; a row is filled up with blocks of keys behind kv_len
     int32_t dtype;
     float scale;
+    int32_t reserved;
 };
 
 // Long blocks whose statistics are held at once: what keeps their memory O(q_len).
 constexpr int LONG_BLOCKS_AT_ONCE = 16;
 
-static_assert(sizeof(Group) == 8 && sizeof(Unit) == 88 && sizeof(Strides) == 24 && sizeof(Params) == 248);
+static_assert(sizeof(Group) == 8 && sizeof(Unit) == 88 && sizeof(Strides) == 24 && sizeof(Block) == 8 && sizeof(Params) == 272);

@@ -1,0 +1,87 @@
+//! With the feature `cuda`: compiles the kernels of `src/cuda` with nvcc and links them.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs, thread};
+
+/// Machine code for Ampere and Ada, which Hopper's driver would have to translate at every start; for Hopper; and PTX for what
+/// comes after.
+const GENERAL: &[&str] = &[
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90,code=sm_90",
+    "-gencode=arch=compute_90,code=compute_90",
+];
+/// Hopper's own instructions.
+const HOPPER: &[&str] = &["-gencode=arch=compute_90a,code=sm_90a"];
+
+fn main() {
+    println!("cargo:rerun-if-changed=src/cuda");
+    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "LIBRARY_PATH"] {
+        println!("cargo:rerun-if-env-changed={name}");
+    }
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
+    let home = ["CUDA_HOME", "CUDA_PATH"].iter().find_map(env::var_os).map(PathBuf::from);
+    let nvcc = match (env::var_os("NVCC"), &home) {
+        (Some(nvcc), _) => PathBuf::from(nvcc),
+        (None, Some(home)) => home.join("bin/nvcc"),
+        (None, None) => PathBuf::from("nvcc"),
+    };
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let units: Vec<_> = ["api", "f32", "f16", "bf16", "hopper"]
+        .into_iter()
+        .map(|name| {
+            let (source, object) = (format!("src/cuda/{name}.cu"), out.join(name).with_extension("o"));
+            let mut command = Command::new(&nvcc);
+            command.args(["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-c", &source, "-o"]).arg(&object);
+            command.args(if name == "hopper" { HOPPER } else { GENERAL });
+            (thread::spawn(move || run(command)), object)
+        })
+        .collect();
+    let mut archive = Command::new(&nvcc);
+    archive.arg("-lib").arg("-o").arg(out.join("liblandmark_kernels.a"));
+    for (compiled, object) in units {
+        compiled.join().expect("nvcc failed, as told above");
+        archive.arg(object);
+    }
+    run(archive);
+
+    println!("cargo:rustc-link-search=native={}", out.display());
+    let mut folders: Vec<PathBuf> =
+        env::var_os("LIBRARY_PATH").map(|paths| env::split_paths(&paths).collect()).unwrap_or_default();
+    // nvcc on the path and no variable set: the toolkit is where nvcc is.
+    let home = home.or_else(|| Some(fs::canonicalize(which(&nvcc)?).ok()?.parent()?.parent()?.to_path_buf()));
+    if let Some(home) = home {
+        folders.extend(["lib64", "targets/x86_64-linux/lib", "lib"].map(|lib| home.join(lib)));
+    }
+    for folder in folders.iter().filter(|folder| folder.join("libcudart_static.a").exists()) {
+        println!("cargo:rustc-link-search=native={}", folder.display());
+    }
+    // The runtime statically: the binary needs the driver alone.
+    println!("cargo:rustc-link-lib=static=landmark_kernels");
+    println!("cargo:rustc-link-lib=static=cudart_static");
+    for library in ["stdc++", "rt", "dl", "pthread"] {
+        println!("cargo:rustc-link-lib={library}");
+    }
+}
+
+fn run(mut command: Command) {
+    let output = command.output().unwrap_or_else(|error| {
+        panic!(
+            "{}: {error}. The feature `cuda` needs CUDA's compiler, 12.4 or newer: set NVCC or CUDA_HOME, or see \
+             scripts/cuda-toolchain.sh",
+            command.get_program().display()
+        )
+    });
+    if !output.status.success() {
+        panic!("{command:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+fn which(program: &Path) -> Option<PathBuf> {
+    if program.components().count() > 1 {
+        return Some(program.to_path_buf());
+    }
+    env::split_paths(&env::var_os("PATH")?).map(|folder| folder.join(program)).find(|path| path.exists())
+}
