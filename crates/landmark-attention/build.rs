@@ -15,7 +15,12 @@ const GENERAL: &[&str] = &[
 const HOPPER: &[&str] = &["-gencode=arch=compute_90a,code=sm_90a"];
 
 fn main() {
-    println!("cargo:rerun-if-changed=src/cuda");
+    for entry in fs::read_dir("src/cuda").expect("the kernels are in src/cuda") {
+        let path = entry.expect("src/cuda can be read").path();
+        if path.extension().is_some_and(|extension| ["cu", "cuh", "h"].iter().any(|kernel| extension == *kernel)) {
+            println!("cargo:rerun-if-changed={}", path.display());
+        }
+    }
     for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "LIBRARY_PATH"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
