@@ -40,6 +40,9 @@ extern "C" int landmark_attention_backward(const Params *p, cudaStream_t stream)
     return cudaErrorInvalidValue;
 }
 
-extern "C" const char *landmark_attention_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+extern "C" const char *landmark_attention_error(int error) {
+    if (error == TOO_LITTLE_SHARED_MEMORY) return "this GPU has too little shared memory for heads this wide in this dtype";
+    return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
 
 extern "C" unsigned landmark_attention_params_size() { return sizeof(Params); }

@@ -35,7 +35,7 @@ struct Walk {
 };
 
 template <typename T, int COLUMNS> struct ForwardShape {
-    static constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 16 * WARPS;
+    static constexpr int WARPS = Element<T>::PLANES == 3 && COLUMNS > 128 ? 2 : 4, THREADS = 32 * WARPS, ROWS = 16 * WARPS;
     using Queries = Tile<T, ROWS, COLUMNS>;
     using Keys = Tile<T, UNIT, COLUMNS>;
     // f32 with wide heads: keys and values take turns in one buffer.
@@ -87,7 +87,7 @@ __device__ __forceinline__ void absorb(Scores &x, const Unit &unit, const int (&
     }
 }
 
-template <typename T, int COLUMNS> __global__ void __launch_bounds__(128) forward_kernel(const __grid_constant__ Params p) {
+template <typename T, int COLUMNS> __global__ void __launch_bounds__(ForwardShape<T, COLUMNS>::THREADS) forward_kernel(const __grid_constant__ Params p) {
     using Shape = ForwardShape<T, COLUMNS>;
     constexpr int THREADS = Shape::THREADS;
     extern __shared__ __align__(128) unsigned char memory[];

@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
+#include <type_traits>
 #include "mma.cuh"
 #include "params.h"
 #include "segments.cuh"
@@ -126,6 +127,27 @@ template <bool REGULAR> struct Blocks {
     }
 };
 
+// `f` of a constant: the group where a landmark is, the last of G if blocks are regular, and none if it is no group. Registers have
+// no index: a jump to the right code is cheaper than a choice among all.
+template <int G, bool REGULAR, typename F> __device__ __forceinline__ void at_group(int group, F f) {
+    using std::integral_constant;
+    if constexpr (REGULAR) {
+        f(integral_constant<int, G - 1>());
+    } else {
+        static_assert(G == 8);
+        switch (group) {
+            case 0: f(integral_constant<int, 0>()); break;
+            case 1: f(integral_constant<int, 1>()); break;
+            case 2: f(integral_constant<int, 2>()); break;
+            case 3: f(integral_constant<int, 3>()); break;
+            case 4: f(integral_constant<int, 4>()); break;
+            case 5: f(integral_constant<int, 5>()); break;
+            case 6: f(integral_constant<int, 6>()); break;
+            case 7: f(integral_constant<int, 7>()); break;
+        }
+    }
+}
+
 // Raw scores of UNITS blocks, one after the other, 64 queries a warpgroup. First half of their softmax: the landmarks' scores and the
 // blocks' maxima in base 2, and in place of the scores their powers relative to the maximum, 0 where nothing is seen.
 template <int G, int UNITS> struct InnerSoftmax {
@@ -138,14 +160,15 @@ template <int G, int UNITS> struct InnerSoftmax {
 #pragma unroll
         for (int u = 0; u < UNITS; u++) {
             float *x = s + u * G * 4;
-            const int last = blocks[u].n - 1, column = last % 8, group = REGULAR ? G - 1 : last / 8;
+            const int last = blocks[u].n - 1, column = last % 8;
+            float mine[2] = {0, 0};
+            at_group<G, REGULAR>(last / 8, [&](auto constant) {
+                constexpr int i = decltype(constant)::value;
+                for (int r = 0; r < 2; r++) mine[r] = column & 1 ? x[4 * i + 2 * r + 1] : x[4 * i + 2 * r];
+            });
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                float mine = 0;
-#pragma unroll
-                for (int i = REGULAR ? G - 1 : 0; i < G; i++)
-                    if (i == group) mine = column & 1 ? x[4 * i + 2 * r + 1] : x[4 * i + 2 * r];
-                landmark[u][r] = __shfl_sync(~0u, mine, (lane & ~3) | (column >> 1)) * scale;
+                landmark[u][r] = __shfl_sync(~0u, mine[r], (lane & ~3) | (column >> 1)) * scale;
                 past[u][r] = !MASKED || position[r] >= blocks[u].start + blocks[u].n;
                 float high = NEGATIVE_INFINITY;
 #pragma unroll

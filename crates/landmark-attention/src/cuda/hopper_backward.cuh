@@ -6,7 +6,7 @@
 template <int G, bool REGULAR>
 __device__ __forceinline__ void gradients(float (&s)[G * 4], float (&dp)[G * 4], const InnerSoftmax<G, 1> &inner, const Block &block,
                                           const float (&lse)[2], const float (&delta)[2]) {
-    const int t = threadIdx.x % 4, last = block.n - 1, column = last % 8, group = REGULAR ? G - 1 : last / 8;
+    const int t = threadIdx.x % 4, last = block.n - 1, column = last % 8;
     float dot[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < G; i++)
@@ -29,8 +29,12 @@ __device__ __forceinline__ void gradients(float (&s)[G * 4], float (&dp)[G * 4],
                 float &w = s[4 * i + 2 * r + e], &d = dp[4 * i + 2 * r + e];
                 w *= factor;
                 d = w * (d - mean);
-                if (i == group && 2 * t + e == column) d = ds_landmark;
             }
+        at_group<G, REGULAR>(last / 8, [&](auto constant) {
+            constexpr int i = decltype(constant)::value;
+            for (int e = 0; e < 2; e++)
+                if (2 * t + e == column) dp[4 * i + 2 * r + e] = ds_landmark;
+        });
     }
 }
 

@@ -3,6 +3,11 @@
 #include "backward.cuh"
 
 template <typename K> cudaError_t allow_shared(K kernel, int bytes) {
+    int device, most;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error != cudaSuccess) return error;
+    if (bytes > most) return cudaError_t(TOO_LITTLE_SHARED_MEMORY);
     return bytes > 48 * 1024 ? cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) : cudaSuccess;
 }
 

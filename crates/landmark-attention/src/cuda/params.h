@@ -73,4 +73,7 @@ struct Params {
 // Long blocks whose statistics are held at once: what keeps their memory O(q_len).
 constexpr int LONG_BLOCKS_AT_ONCE = 16;
 
+// Beside CUDA's own errors.
+constexpr int TOO_LITTLE_SHARED_MEMORY = 1 << 20;
+
 static_assert(sizeof(Group) == 8 && sizeof(Unit) == 88 && sizeof(Strides) == 24 && sizeof(Block) == 8 && sizeof(Params) == 272);
