@@ -60,13 +60,11 @@ fn main() {
     if let Some(home) = home {
         folders.extend(["lib64", "targets/x86_64-linux/lib", "lib"].map(|lib| home.join(lib)));
     }
-    for folder in folders.iter().filter(|folder| folder.join("libcudart_static.a").exists()) {
+    for folder in folders.iter().filter(|folder| folder.join("libcudart.so").exists()) {
         println!("cargo:rustc-link-search=native={}", folder.display());
     }
-    // The runtime statically: the binary needs the driver alone.
     println!("cargo:rustc-link-lib=static=landmark_kernels");
-    println!("cargo:rustc-link-lib=static=cudart_static");
-    for library in ["stdc++", "rt", "dl", "pthread"] {
+    for library in ["cudart", "stdc++"] {
         println!("cargo:rustc-link-lib={library}");
     }
 }

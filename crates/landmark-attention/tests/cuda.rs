@@ -141,7 +141,7 @@ fn random_shapes() {
         let kv_heads = numbers.of(&[1, 2]);
         let heads = kv_heads * numbers.of(&[1, 1, 2, 3]);
         let head_dim = numbers.of(&[8, 32, 33, 40, 64, 64, 64, 80, 96, 128, 128, 128, 160, 256]);
-        let kv_len = numbers.of(&[1, 7, 64, 65, 100, 128, 130, 200, 256, 300]);
+        let kv_len: usize = numbers.of(&[1, 7, 64, 65, 100, 128, 130, 200, 256, 300]);
         let q_len = numbers.of(&[kv_len, kv_len, kv_len, 1, kv_len.div_ceil(2), kv_len - kv_len / 9]);
         let landmarks = match numbers.below(10) {
             0 => Landmarks::None,
