@@ -152,7 +152,8 @@ fn random_shapes() {
                 Landmarks::Mask(Tensor::from_vec(mask, (batch, kv_len), &Device::Cpu).unwrap())
             }
         };
-        let softmax = numbers.of(&[Softmax::Grouped, Softmax::Grouped, Softmax::Grouped, Softmax::NoMem, Softmax::IgnoreMem]);
+        let softmax =
+            numbers.of(&[Softmax::Grouped, Softmax::Grouped, Softmax::Grouped, Softmax::NoMem, Softmax::IgnoreMem]);
         let scale = numbers.of(&[None, None, None, Some(0.3), Some(-0.2)]);
         let what = format!(
             "case {case}: {batch} x {heads} ({kv_heads}) x {q_len} of {kv_len} x {head_dim}, {softmax:?}, scale {scale:?}"
@@ -195,7 +196,8 @@ fn strides_and_log_sum_exps() {
 fn the_same_bits_in_every_run() {
     let Some(device) = gpu() else { return };
     let mut numbers = Numbers(4);
-    for (block, dtype) in [(51, DType::BF16), (64, DType::F16), (20, DType::BF16), (500, DType::BF16), (51, DType::F32)] {
+    for (block, dtype) in [(51, DType::BF16), (64, DType::F16), (20, DType::BF16), (500, DType::BF16), (51, DType::F32)]
+    {
         let (q, kv) = ((2, 4, 1100, 128), (2, 2, 1100, 128));
         let tensors = [numbers.tensor(q), numbers.tensor(kv), numbers.tensor(kv), numbers.tensor(q)];
         let params = LandmarkParams::new(Landmarks::Every(block));

@@ -10,7 +10,9 @@ mod params;
 mod units;
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr, SyncOnDrop, ValidAsZeroBits};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop, ValidAsZeroBits,
+};
 use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CudaStorage, CustomOp3, DType, Layout, Shape, Storage, Tensor, bail};
@@ -197,19 +199,19 @@ impl Fused {
         let (lse, _) = self.lse.storage_and_layout();
         let Storage::Cuda(lse) = &*lse else { bail!("{OP}: expected tensors on a GPU") };
         // SAFETY: the kernel writes every element.
-        let out = unsafe { device.alloc::<T>(tensors[0].1.shape().elem_count())? };
+        let mut out = unsafe { device.alloc::<T>(tensors[0].1.shape().elem_count())? };
         let mut params = self.params::<T>(tensors.map(|(_, layout)| layout));
-        let slices =
-            [tensors[0].0.as_cuda_slice::<T>()?, tensors[1].0.as_cuda_slice()?, tensors[2].0.as_cuda_slice()?];
+        let slices = [tensors[0].0.as_cuda_slice::<T>()?, tensors[1].0.as_cuda_slice()?, tensors[2].0.as_cuda_slice()?];
         let inputs = [0, 1, 2].map(|i| {
             let (start, guard) = slices[i].device_ptr(&stream);
             (start + (tensors[i].1.start_offset() * size_of::<T>()) as u64, guard)
         });
-        let outputs = (out.device_ptr(&stream), lse.as_cuda_slice::<f32>()?.device_ptr(&stream));
+        let outputs = (out.device_ptr_mut(&stream), lse.as_cuda_slice::<f32>()?.device_ptr(&stream));
         let table = self.table.addresses(&stream);
         (params.q, params.k, params.v) = (inputs[0].0, inputs[1].0, inputs[2].0);
         (params.out, params.lse) = (outputs.0.0, outputs.1.0);
-        let [units, first_unit, blocks, views] = table.each_ref().map(|slice| slice.as_ref().map_or(0, |slice| slice.0));
+        let [units, first_unit, blocks, views] =
+            table.each_ref().map(|slice| slice.as_ref().map_or(0, |slice| slice.0));
         (params.units, params.first_unit, params.blocks, params.views) = (units, first_unit, blocks, views);
         stream.context().bind_to_thread().w()?;
         // SAFETY: the addresses are of live allocations, of the sizes that the checked call implies, on the stream's device.
@@ -220,7 +222,8 @@ impl Fused {
 
     /// Gradients of q, k and v, contiguous.
     fn backward<T: Element>(&self, tensors: [&Tensor; 5]) -> candle_core::Result<[Tensor; 3]> {
-        let guards = [tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], &self.lse].map(Tensor::storage_and_layout);
+        let guards =
+            [tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], &self.lse].map(Tensor::storage_and_layout);
         let mut storages = Vec::with_capacity(guards.len());
         for (storage, layout) in &guards {
             match &**storage {
@@ -236,8 +239,9 @@ impl Fused {
         let row = batch * heads * params.q_pad as usize * 2;
         // SAFETY: the kernels write every element before it is read; without the landmarks' keys those have no gradient, and
         // nobody writes it.
-        let (dq, [dk, dv], rows, stats) = unsafe {
-            let keys = |n| if softmax == Softmax::IgnoreMem { device.alloc_zeros::<T>(n) } else { device.alloc::<T>(n) };
+        let (mut dq, [mut dk, mut dv], mut rows, mut stats) = unsafe {
+            let keys =
+                |n| if softmax == Softmax::IgnoreMem { device.alloc_zeros::<T>(n) } else { device.alloc::<T>(n) };
             (
                 device.alloc::<T>(batch * heads * q_len * self.call.head_dim)?,
                 [keys(tensors[1].elem_count())?, keys(tensors[2].elem_count())?],
@@ -254,14 +258,15 @@ impl Fused {
             inputs
         };
         let lse = storages[5].0.as_cuda_slice::<f32>()?.device_ptr(&stream);
-        let gradients = [dq.device_ptr(&stream), dk.device_ptr(&stream), dv.device_ptr(&stream)];
-        let scratch = [rows.device_ptr(&stream), stats.device_ptr(&stream)];
+        let gradients = [dq.device_ptr_mut(&stream), dk.device_ptr_mut(&stream), dv.device_ptr_mut(&stream)];
+        let scratch = [rows.device_ptr_mut(&stream), stats.device_ptr_mut(&stream)];
         let table = self.table.addresses(&stream);
         (params.q, params.k, params.v) = (inputs[0].0, inputs[1].0, inputs[2].0);
         (params.out, params.dout, params.lse) = (inputs[3].0, inputs[4].0, lse.0);
         (params.dq, params.dk, params.dv) = (gradients[0].0, gradients[1].0, gradients[2].0);
         (params.rows, params.stats) = (scratch[0].0, scratch[1].0);
-        let [units, first_unit, blocks, views] = table.each_ref().map(|slice| slice.as_ref().map_or(0, |slice| slice.0));
+        let [units, first_unit, blocks, views] =
+            table.each_ref().map(|slice| slice.as_ref().map_or(0, |slice| slice.0));
         (params.units, params.first_unit, params.blocks, params.views) = (units, first_unit, blocks, views);
         stream.context().bind_to_thread().w()?;
         // SAFETY: as in `forward`.

@@ -280,8 +280,7 @@ mod tests {
         let block = |start, n| Block { start, n };
         assert_eq!(list.stride, 6);
         let missing = block(254, BEYOND);
-        let expected =
-            [block(0, 50), block(50, 41), block(91, 63), block(154, BEYOND), block(218, BEYOND), missing];
+        let expected = [block(0, 50), block(50, 41), block(91, 63), block(154, BEYOND), block(218, BEYOND), missing];
         assert_eq!(list.blocks, expected);
         // Queries 104..168, 168..232, 232..254.
         let view = |seen, behind| View { seen, behind };
