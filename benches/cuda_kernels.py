@@ -298,6 +298,10 @@ def check(lib, cases, only_random):
         for head_dim, q_len in ((128, kv_len), (64, kv_len - 70)):
             rows = [list(range(block - 1, kv_len, block))]
             wanted.append(dict(batch=1, heads=2, kv_heads=1, kv_len=kv_len, q_len=q_len, head_dim=head_dim, rows=rows, mode="grouped", block=block, strided=False))
+    # Landmarks side by side, among blocks that Hopper's kernels take from a list.
+    side_by_side = [49, 50, 100, 101, 102, 160, 200, 201, 260, 300]
+    for head_dim in () if only_random else (128, 64):
+        wanted.append(dict(batch=1, heads=2, kv_heads=1, kv_len=420, q_len=420, head_dim=head_dim, rows=[side_by_side], mode="grouped", block=0, strided=False))
     for case in wanted + [random_case(rng) for _ in range(cases)]:
         for dtype in TYPES:
             def tensor(heads, steps):

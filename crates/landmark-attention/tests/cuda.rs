@@ -132,6 +132,20 @@ fn blocks() {
     }
 }
 
+/// A landmark that follows a landmark closes a block of nothing.
+#[test]
+fn landmarks_side_by_side() {
+    let Some(device) = gpu() else { return };
+    let mut numbers = Numbers(6);
+    for landmarks in [vec![49, 50, 100, 101, 102, 160, 200, 201, 260, 300], vec![3, 4, 90, 91, 300, 301]] {
+        let mask: Vec<u8> = (0..420).map(|j| landmarks.contains(&j) as u8).collect();
+        let params = LandmarkParams::new(Landmarks::Mask(Tensor::from_vec(mask, (1, 420), &Device::Cpu).unwrap()));
+        let (q, kv) = ((1, 2, 420, 64), (1, 1, 420, 64));
+        let tensors = [numbers.tensor(q), numbers.tensor(kv), numbers.tensor(kv), numbers.tensor(q)];
+        check(&format!("landmarks {landmarks:?}"), &tensors, &params, &device);
+    }
+}
+
 #[test]
 fn random_shapes() {
     let Some(device) = gpu() else { return };

@@ -148,68 +148,85 @@ template <int G, bool REGULAR, typename F> __device__ __forceinline__ void at_gr
     }
 }
 
-// Raw scores of UNITS blocks, one after the other, 64 queries a warpgroup. First half of their softmax: the landmarks' scores and the
-// blocks' maxima in base 2, and in place of the scores their powers relative to the maximum, 0 where nothing is seen.
-template <int G, int UNITS> struct InnerSoftmax {
-    float landmark[UNITS][2], max[UNITS][2], sum[UNITS][2];
-    bool past[UNITS][2];
+// Raw scores of a block, 64 queries a warpgroup. First half of its softmax: the landmark's score and the block's maximum in base 2, and
+// in place of the scores their powers relative to the maximum, 0 where nothing is seen.
+template <int G> struct InnerSoftmax {
+    float landmark[2], max[2], sum[2];
+    bool past[2];
 
     template <bool MASKED, bool REGULAR>
-    __device__ __forceinline__ void run(float (&s)[UNITS * G * 4], const Block (&blocks)[UNITS], const int (&position)[2], float scale) {
-        const int lane = threadIdx.x % 32, t = lane % 4;
-#pragma unroll
-        for (int u = 0; u < UNITS; u++) {
-            float *x = s + u * G * 4;
-            const int last = blocks[u].n - 1, column = last % 8;
-            float mine[2] = {0, 0};
-            at_group<G, REGULAR>(last / 8, [&](auto constant) {
-                constexpr int i = decltype(constant)::value;
-                for (int r = 0; r < 2; r++) mine[r] = column & 1 ? x[4 * i + 2 * r + 1] : x[4 * i + 2 * r];
-            });
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                landmark[u][r] = __shfl_sync(~0u, mine[r], (lane & ~3) | (column >> 1)) * scale;
-                past[u][r] = !MASKED || position[r] >= blocks[u].start + blocks[u].n;
-                float high = NEGATIVE_INFINITY;
-#pragma unroll
-                for (int i = 0; i < G; i++) {
-                    float &a = x[4 * i + 2 * r], &b = x[4 * i + 2 * r + 1];
-                    const int slot = 8 * i + 2 * t;
-                    // One branch for the whole warp: most groups lie before the landmark.
-                    if (REGULAR ? i == G - 1 : last < 8 * i + 8) {
-                        if (slot >= last) a = NEGATIVE_INFINITY;
-                        if (slot + 1 >= last) b = NEGATIVE_INFINITY;
-                    }
-                    if (MASKED && blocks[u].start + slot > position[r]) a = NEGATIVE_INFINITY;
-                    if (MASKED && blocks[u].start + slot + 1 > position[r]) b = NEGATIVE_INFINITY;
-                    high = fmaxf(high, fmaxf(a, b));
-                }
-                max[u][r] = high;
+    __device__ __forceinline__ void run(float (&s)[4 * G], const Block &block, const int (&position)[2], float scale) {
+        // The usual places of a listed block's landmark have code of their own where no query is masked, the hot case.
+        if constexpr (REGULAR) {
+            apply<MASKED, G - 1>(s, block, position, scale);
+        } else if constexpr (MASKED) {
+            apply<MASKED, -1>(s, block, position, scale);
+        } else {
+            switch ((block.n - 1) / 8) {
+                case 7: apply<MASKED, 7>(s, block, position, scale); break;
+                case 6: apply<MASKED, 6>(s, block, position, scale); break;
+                case 5: apply<MASKED, 5>(s, block, position, scale); break;
+                case 4: apply<MASKED, 4>(s, block, position, scale); break;
+                default: apply<MASKED, -1>(s, block, position, scale);
             }
         }
+    }
+
+  private:
+    // LAST: the group of the landmark, or -1 if it may be any or none.
+    template <bool MASKED, int LAST>
+    __device__ __forceinline__ void apply(float (&s)[4 * G], const Block &block, const int (&position)[2], float scale) {
+        const int lane = threadIdx.x % 32, t = lane % 4, last = block.n - 1, column = last % 8;
+        constexpr int USED = LAST < 0 ? G : LAST + 1;
+        float mine[2] = {0, 0};
+        auto fetch = [&](auto constant) {
+            constexpr int i = decltype(constant)::value;
+            for (int r = 0; r < 2; r++) mine[r] = column & 1 ? s[4 * i + 2 * r + 1] : s[4 * i + 2 * r];
+        };
+        if constexpr (LAST >= 0)
+            fetch(std::integral_constant<int, LAST>());
+        else
+            at_group<G, false>(last / 8, fetch);
 #pragma unroll
-        for (int u = 0; u < UNITS; u++)
+        for (int r = 0; r < 2; r++) {
+            landmark[r] = __shfl_sync(~0u, mine[r], (lane & ~3) | (column >> 1)) * scale;
+            past[r] = !MASKED || position[r] >= block.start + block.n;
+            float high = NEGATIVE_INFINITY;
 #pragma unroll
-            for (int r = 0; r < 2; r++) max[u][r] = quad_max(max[u][r]) * scale;
-#pragma unroll
-        for (int u = 0; u < UNITS; u++)
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const float base = MASKED ? finite(max[u][r]) : max[u][r];
-                float total = 0;
-#pragma unroll
-                for (int i = 0; i < G; i++)
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        float &score = s[(u * G + i) * 4 + 2 * r + e];
-                        score = power2(score * scale - base);
-                        total += score;
-                    }
-                sum[u][r] = total;
+            for (int i = 0; i < USED; i++) {
+                float &a = s[4 * i + 2 * r], &b = s[4 * i + 2 * r + 1];
+                const int slot = 8 * i + 2 * t;
+                // One branch for the whole warp: most groups lie before the landmark.
+                if (LAST < 0 ? last < 8 * i + 8 : i == LAST) {
+                    if (slot >= last) a = NEGATIVE_INFINITY;
+                    if (slot + 1 >= last) b = NEGATIVE_INFINITY;
+                }
+                if (MASKED && block.start + slot > position[r]) a = NEGATIVE_INFINITY;
+                if (MASKED && block.start + slot + 1 > position[r]) b = NEGATIVE_INFINITY;
+                high = fmaxf(high, fmaxf(a, b));
             }
+            max[r] = high;
+        }
 #pragma unroll
-        for (int u = 0; u < UNITS; u++)
+        for (int r = 0; r < 2; r++) max[r] = quad_max(max[r]) * scale;
 #pragma unroll
-            for (int r = 0; r < 2; r++) sum[u][r] = quad_sum(sum[u][r]);
+        for (int r = 0; r < 2; r++) {
+            // Only a block without ordinary tokens (its landmark follows a landmark) has no maximum when nothing is masked.
+            const float base = MASKED || LAST < 0 ? finite(max[r]) : max[r];
+            float total = 0;
+#pragma unroll
+            for (int i = 0; i < USED; i++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    float &score = s[4 * i + 2 * r + e];
+                    score = power2(score * scale - base);
+                    total += score;
+                }
+#pragma unroll
+            for (int i = USED; i < G; i++) s[4 * i + 2 * r] = s[4 * i + 2 * r + 1] = 0;
+            sum[r] = total;
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) sum[r] = quad_sum(sum[r]);
     }
 };

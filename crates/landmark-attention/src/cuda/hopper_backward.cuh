@@ -4,7 +4,7 @@
 
 // Powers to weights (in `s`) and dP to ds, for a block.
 template <int G, bool REGULAR>
-__device__ __forceinline__ void gradients(float (&s)[G * 4], float (&dp)[G * 4], const InnerSoftmax<G, 1> &inner, const Block &block,
+__device__ __forceinline__ void gradients(float (&s)[G * 4], float (&dp)[G * 4], const InnerSoftmax<G> &inner, const Block &block,
                                           const float (&lse)[2], const float (&delta)[2]) {
     const int t = threadIdx.x % 4, last = block.n - 1, column = last % 8;
     float dot[2] = {0, 0};
@@ -16,10 +16,10 @@ __device__ __forceinline__ void gradients(float (&s)[G * 4], float (&dp)[G * 4],
     for (int r = 0; r < 2; r++) dot[r] = quad_sum(dot[r]);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const bool past = inner.past[0][r];
-        const float share = power2((past ? inner.landmark[0][r] : inner.max[0][r]) - lse[r]);
+        const bool past = inner.past[r];
+        const float share = power2((past ? inner.landmark[r] : inner.max[r]) - lse[r]);
         // A landmark that follows a landmark has a block of nothing: its share is lost.
-        const float inverse = REGULAR || inner.sum[0][r] > 0 ? __fdividef(1.f, inner.sum[0][r]) : 0.f;
+        const float inverse = REGULAR || inner.sum[r] > 0 ? __fdividef(1.f, inner.sum[r]) : 0.f;
         const float factor = past ? share * inverse : share, mean = past ? dot[r] * inverse : delta[r];
         const float ds_landmark = past ? share * (mean - delta[r]) : 0.f;
 #pragma unroll
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_query_gradient_kerne
         uint32_t ds[4][4];
         if (G < 8) clear_last_rows(shared.k, threadIdx.x - 128);
         barrier_wait(&shared.q_full, 0);
-        InnerSoftmax<G, 1> inner;
+        InnerSoftmax<G> inner;
         auto scores = [&](int n) {
             shared.ring_k.wait(n);
             products_begin();
@@ -127,9 +127,9 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_query_gradient_kerne
             issue_abt<T, D>(dp, shared.dout[group], Shape::PANEL, shared.v[n % Shape::STAGES], Shape::PANEL);
             products_commit();
         };
-        Block block[1];
+        Block block;
         auto softmax = [&](int n) {
-            block[0] = blocks.at(n);
+            block = blocks.at(n);
             if (n >= behind)
                 inner.template run<true, REGULAR>(s, block, position, scale);
             else
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_query_gradient_kerne
         shared.ring_v.release(0);
         softmax(0);
         for (int n = 0; n + 1 < seen; n++) {
-            gradients<G, REGULAR>(s, dp, inner, block[0], lse, delta);
+            gradients<G, REGULAR>(s, dp, inner, block, lse, delta);
             pack_operand<T, G>(ds, dp);
             scores(n + 1);
             add(n);
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_query_gradient_kerne
             shared.ring_k.release(n);
             shared.ring_v.release(n + 1);
         }
-        gradients<G, REGULAR>(s, dp, inner, block[0], lse, delta);
+        gradients<G, REGULAR>(s, dp, inner, block, lse, delta);
         pack_operand<T, G>(ds, dp);
         add(seen - 1);
         products_wait<0>();
@@ -244,11 +244,11 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_key_gradient_kernel(
     } else {
         registers_take<240>();
         const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-        const Block block[1] = {blocks.at(2 * blockIdx.x + group)};
+        const Block block = blocks.at(2 * blockIdx.x + group);
         const float scale = p.scale * LOG2_E;
         float s[4 * G], dp[4 * G], dk[D / 2] = {}, dv[D / 2] = {};
         barrier_wait(&shared.keys_full, 0);
-        InnerSoftmax<G, 1> inner;
+        InnerSoftmax<G> inner;
         float lse[2], delta[2];
         auto scores = [&](int n) {
             shared.ring.wait(n);
@@ -263,13 +263,13 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_key_gradient_kernel(
             const int step = (first_tile + n % tiles) * Shape::ROWS, row = step + 16 * warp + lane / 4;
             const int position[2] = {history + row, history + row + 8};
             load_row_values(p, int64_t(b) * p.heads + kv_head * heads + n / tiles, row, lse, delta);
-            if (history + step < block[0].start + block[0].n)
+            if (history + step < block.start + block.n)
                 inner.template run<true, REGULAR>(s, block, position, scale);
             else
                 inner.template run<false, REGULAR>(s, block, position, scale);
         };
         auto store = [&] {
-            gradients<G, REGULAR>(s, dp, inner, block[0], lse, delta);
+            gradients<G, REGULAR>(s, dp, inner, block, lse, delta);
             group_barrier(group);  // no warp still reads the last weights
             store_panel<T, G>(shared.weights[group], s, warp);
             store_panel<T, G>(shared.ds[group], dp, warp);
@@ -309,8 +309,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_key_gradient_kernel(
         }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const int slot = 16 * warp + lane / 4 + 8 * r, key = block[0].start + slot;
-            if (slot >= block[0].n || key >= p.kv_len) continue;
+            const int slot = 16 * warp + lane / 4 + 8 * r, key = block.start + slot;
+            if (slot >= block.n || key >= p.kv_len) continue;
             const int64_t to = ((int64_t(b) * p.kv_heads + kv_head) * p.kv_len + key) * D;
             uint32_t *line_k = reinterpret_cast<uint32_t *>(static_cast<T *>(p.dk) + to), *line_v = reinterpret_cast<uint32_t *>(static_cast<T *>(p.dv) + to);
 #pragma unroll

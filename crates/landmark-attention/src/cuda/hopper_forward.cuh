@@ -19,24 +19,27 @@ template <int D, int G> struct HopperForward {
 template <int G, bool MASKED, bool REGULAR>
 __device__ __forceinline__ void absorb_pair(float (&s)[8 * G], const Block (&blocks)[2], const int (&position)[2], float scale,
                                             float (&m)[2], float (&sum)[2], float (&fade)[2]) {
-    InnerSoftmax<G, 2> inner;
-    inner.template run<MASKED, REGULAR>(s, blocks, position, scale);
+    InnerSoftmax<G> inner[2];
+#pragma unroll
+    for (int u = 0; u < 2; u++)
+        inner[u].template run<MASKED, REGULAR>(reinterpret_cast<float(&)[4 * G]>(s[u * 4 * G]), blocks[u], position, scale);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float high = m[r];
 #pragma unroll
-        for (int u = 0; u < 2; u++) high = fmaxf(high, inner.past[u][r] ? inner.landmark[u][r] : inner.max[u][r]);
+        for (int u = 0; u < 2; u++) high = fmaxf(high, inner[u].past[r] ? inner[u].landmark[r] : inner[u].max[r]);
         const float base = MASKED ? finite(high) : high;
         fade[r] = power2(m[r] - base);
         m[r] = high;
         float total = sum[r] * fade[r];
 #pragma unroll
         for (int u = 0; u < 2; u++) {
-            const float share = power2((inner.past[u][r] ? inner.landmark[u][r] : inner.max[u][r]) - base);
+            const bool past = inner[u].past[r];
+            const float share = power2((past ? inner[u].landmark[r] : inner[u].max[r]) - base);
             // A landmark that follows a landmark has a block of nothing: its share is lost.
-            const bool some = REGULAR || inner.sum[u][r] > 0;
-            const float factor = !inner.past[u][r] ? share : some ? __fdividef(share, inner.sum[u][r]) : 0.f;
-            total += inner.past[u][r] ? share : share * inner.sum[u][r];
+            const bool some = REGULAR || inner[u].sum[r] > 0;
+            const float factor = !past ? share : some ? __fdividef(share, inner[u].sum[r]) : 0.f;
+            total += past ? share : share * inner[u].sum[r];
 #pragma unroll
             for (int i = 0; i < G; i++)
 #pragma unroll
