@@ -1,40 +1,10 @@
 //! The command line of the real binary.
 
+mod support;
+
 use std::fs;
-use std::path::Path;
-use std::process::{Command, Output};
-
-fn landmark(folder: &Path, arguments: &str) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_landmark"));
-    command.current_dir(folder).args(arguments.split_whitespace()).output().unwrap()
-}
-
-/// The error that a command line ends with, which is one line.
-fn error(folder: &Path, arguments: &str) -> String {
-    let output = landmark(folder, arguments);
-    let text = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{arguments}: {text}");
-    assert_eq!(text.lines().count(), 1, "{text}");
-    text
-}
-
-/// A folder with prepared data named `pg19`, tiny.
-fn prepared() -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    for (set, lines) in [("train", 300), ("validation", 100)] {
-        fs::create_dir_all(folder.path().join("text").join(set)).unwrap();
-        let text: String = (0..lines).map(|i| format!("Chapter {i}. Call me Ishmael. ")).collect();
-        fs::write(folder.path().join("text").join(set).join("1.txt"), text).unwrap();
-    }
-    let output = landmark(folder.path(), "prepare --dataset pg19 --data_dir text --tokenizer bytes --out data/pg19");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    folder
-}
-
-/// The reference's command line as its authors give it.
-const SEED: &str = "train --config_format rotary --model landmark --n_embd 1024 --n_head 8 --n_layer 12 --batch_size 16 \
-    --sequence_length 512 --acc_steps 8 --wandb_project memory-llm --dataset pg19 --iterations 240000 --dropout 0.0 \
-    --positional_encoder rotary --softmax_func mem_opt --mem_freq 50 --wandb --save_checkpoint_freq 20000";
+use std::process::Command;
+use support::{SEED, error, landmark, prepared};
 
 fn small_seed() -> String {
     let smaller = [

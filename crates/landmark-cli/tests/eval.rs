@@ -1,6 +1,8 @@
 //! `landmark eval` as a user runs it: its figures against direct computation and the authors' own, grids that are interrupted, bad
 //! flags.
 
+mod support;
+
 use candle_core::{Device, Tensor};
 use landmark_data::Tokenizer;
 use landmark_models::gpt::{Gpt, GptConfig, Variant, WindowAttention};
@@ -8,32 +10,13 @@ use serde_json::Value;
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-
-fn landmark(folder: &Path, arguments: &str) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_landmark"));
-    command.current_dir(folder).args(arguments.split_whitespace()).stdin(Stdio::null()).output().unwrap()
-}
-
-fn run(folder: &Path, arguments: &str) -> String {
-    let output = landmark(folder, arguments);
-    assert!(output.status.success(), "{arguments}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
-}
-
-/// The error that a command line ends with, which is one line.
-fn error(folder: &Path, arguments: &str) -> String {
-    let output = landmark(folder, arguments);
-    let text = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{arguments}: {text}");
-    assert_eq!(text.lines().count(), 1, "{text}");
-    text
-}
+use support::{error, landmark, succeed};
 
 /// The report of an evaluation.
 fn report(folder: &Path, arguments: &str) -> Value {
-    run(folder, &format!("eval --json report.json {arguments}"));
+    succeed(folder, &format!("eval --json report.json {arguments}"));
     serde_json::from_slice(&fs::read(folder.join("report.json")).unwrap()).unwrap()
 }
 
@@ -64,7 +47,7 @@ fn folder(text: &str) -> tempfile::TempDir {
         fs::create_dir_all(path.join("text").join(part)).unwrap();
         fs::write(path.join("text").join(part).join("1.txt"), text).unwrap();
     }
-    run(path, "prepare --dataset pg19 --data_dir text --tokenizer bytes --out data/books");
+    succeed(path, "prepare --dataset pg19 --data_dir text --tokenizer bytes --out data/books");
     for (name, model) in [
         ("landmark", small(Variant::Landmark, Some(50), 512)),
         ("dense", small(Variant::BaseRotary, None, 512)),
@@ -261,7 +244,7 @@ fn the_report_has_every_figure() {
     let svg = fs::read_to_string(path.join("report.svg")).unwrap();
     assert!(svg.starts_with("<svg") && svg.contains("position in the sequence"));
     assert!(fs::read_to_string(path.join("distances.svg")).unwrap().contains("distance in blocks"));
-    let table = run(path, "eval --checkpoint landmark --dataset books");
+    let (table, _) = succeed(path, "eval --checkpoint landmark --dataset books");
     for word in ["perplexity", "accuracy", "tok/s", "first tenth", "memory", "position in the sequence"] {
         assert!(table.contains(word), "{word}: {table}");
     }
@@ -433,7 +416,7 @@ fn an_interrupted_grid_goes_on() {
              --eval_sample_size 8200"
         )
     };
-    run(path, &grid("whole"));
+    succeed(path, &grid("whole"));
     let csv = fs::read_to_string(path.join("whole/table1.csv")).unwrap();
     let markdown = fs::read_to_string(path.join("whole/table1.md")).unwrap();
     // A window of 256 cannot read 512 or 360 tokens at once; nobody gave a Transformer-XL.
@@ -468,7 +451,7 @@ fn an_interrupted_grid_goes_on() {
     before.remove(&damaged);
     fs::write(&damaged, "{").unwrap();
 
-    run(path, &grid("half"));
+    succeed(path, &grid("half"));
     let after = cells(&path.join("half"));
     assert_eq!(after.len(), 12);
     for (cell, bytes) in &before {
@@ -480,9 +463,9 @@ fn an_interrupted_grid_goes_on() {
 
     // Another model, sample or setting is another cell.
     small(Variant::BaseRotary, None, 512).save(path.join("narrow")).unwrap();
-    run(path, &grid("half"));
+    succeed(path, &grid("half"));
     assert_eq!(cells(&path.join("half")).len(), 14);
-    run(path, &grid("half").replace("8200", "4200"));
+    succeed(path, &grid("half").replace("8200", "4200"));
     assert!(cells(&path.join("half")).len() > 14);
 }
 
@@ -490,7 +473,7 @@ fn an_interrupted_grid_goes_on() {
 fn table2_compares_the_selections() {
     let folder = folder(&text(4200));
     let path = folder.path();
-    let table = run(path, "eval --grid table2 --landmark_checkpoint landmark --dataset books --out t");
+    let (table, _) = succeed(path, "eval --grid table2 --landmark_checkpoint landmark --dataset books --out t");
     for blocks in ["250 x 2 x 4", "250 x 4", "2 x 4"] {
         assert!(
             table.contains(&format!("| {blocks} ")) || table.contains(&format!(" {blocks} |")),

@@ -2,26 +2,15 @@
 
 #![cfg(unix)]
 
+mod support;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use support::{landmark, succeed};
 
 const TRAIN: &str = "train --model landmark --n_embd 32 --n_head 2 --n_layer 1 --batch_size 2 --acc_steps 1 --dataset tiny \
     --sequence_length 64 --mem_freq 7 --iterations 8 --save_checkpoint_freq 4 --data_dir .";
-
-fn landmark(folder: &Path, arguments: &str) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_landmark"))
-        .current_dir(folder)
-        .args(arguments.split_whitespace())
-        .output()
-        .unwrap()
-}
-
-fn succeed(folder: &Path, arguments: &str) -> String {
-    let output = landmark(folder, arguments);
-    assert!(output.status.success(), "{arguments}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stderr).unwrap()
-}
 
 /// The last line of a command that fails, which is its error.
 fn error(output: &Output) -> String {
@@ -134,7 +123,7 @@ fn a_damaged_checkpoint_is_named_and_the_one_before_is_taken() {
         let experiment = experiment(folder, &format!("d{number}"));
         fs::remove_file(experiment.join("summary.json")).unwrap();
         damage(&experiment.join("ckpt_8"));
-        let log = succeed(folder, &format!("{line} --resume"));
+        let (_, log) = succeed(folder, &format!("{line} --resume"));
         assert!(log.contains(reason) && log.contains("going back to iteration 4"), "{log}");
         assert!(weights(folder, "whole") == weights(folder, &format!("d{number}")));
 

@@ -1,40 +1,17 @@
 //! What a training run tells of itself, read back: by Python's `tensorboard` and `wandb` where they are installed, and the curves.
 
+mod support;
+
 use serde_json::{Value, json};
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
+use support::{SEED, landmark, prepared, succeed};
 
-/// The command line of the reference's README.
-const SEED: &str = "train --config_format rotary --model landmark --n_embd 1024 --n_head 8 --n_layer 12 --batch_size 16 \
-    --sequence_length 512 --acc_steps 8 --wandb_project memory-llm --dataset pg19 --iterations 240000 --dropout 0.0 \
-    --positional_encoder rotary --softmax_func mem_opt --mem_freq 50 --wandb --save_checkpoint_freq 20000";
 /// Of two values of a flag the last one counts.
 const SMALL: &str = "--n_embd 32 --n_layer 1 --batch_size 2 --acc_steps 1 --iterations 20 --eval_freq 5 --save_checkpoint_freq 4 \
     --sample_freq 10 --sample_tokens 9 --exp_name e";
-
-fn landmark(folder: &Path, arguments: &str) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_landmark"));
-    command.current_dir(folder).env_remove("WANDB_DIR").args(arguments.split_whitespace()).output().unwrap()
-}
-
-fn succeed(folder: &Path, arguments: &str) -> String {
-    let output = landmark(folder, arguments);
-    assert!(output.status.success(), "{arguments}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stderr).unwrap()
-}
-
-fn prepared() -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    for (set, lines) in [("train", 400), ("validation", 100)] {
-        fs::create_dir_all(folder.path().join("text").join(set)).unwrap();
-        let text: String = (0..lines).map(|i| format!("Chapter {i}. Call me Ishmael. ")).collect();
-        fs::write(folder.path().join("text").join(set).join("1.txt"), text).unwrap();
-    }
-    succeed(folder.path(), "prepare --dataset pg19 --data_dir text --tokenizer bytes --out data/pg19");
-    folder
-}
 
 /// A Python that has the packages, if this machine has one. `LANDMARK_PYTHON` names another than `python3`.
 fn python() -> Option<OsString> {
@@ -66,7 +43,7 @@ fn the_seeds_run_is_read_back_by_tensorboard_and_wandb() {
     let folder = prepared();
     let folder = folder.path();
     succeed(folder, &format!("{SEED} {SMALL} --time_limit 0"));
-    let log = succeed(folder, &format!("{SEED} {SMALL} --resume"));
+    let (_, log) = succeed(folder, &format!("{SEED} {SMALL} --resume"));
     assert!(log.contains("20 [sample] "), "{log}");
     let experiment = folder.join("exps/pg19/landmark/e");
     for file in ["loss.svg", "lr.svg", "summary.json"] {
@@ -126,7 +103,7 @@ fn samples_and_plots() {
     let base = "train --n_embd 32 --n_head 2 --n_layer 1 --batch_size 2 --acc_steps 1 --iterations 6 --dataset pg19 --sequence_length 64 \
         --mem_freq 7 --eval_freq 3";
     let sampled = |name: &str, more: &str| {
-        let log = succeed(folder, &format!("{base} --exp_name {name} {more}"));
+        let (_, log) = succeed(folder, &format!("{base} --exp_name {name} {more}"));
         log.lines().filter(|line| line.contains("[sample]")).map(str::to_string).collect::<Vec<_>>()
     };
     let samples = "--sample_freq 2 --sample_tokens 12 --sample_prompt Chapter";
