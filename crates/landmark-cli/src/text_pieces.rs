@@ -4,6 +4,7 @@
 //! pieces give the ids of the whole text.
 
 use anyhow::Context;
+use landmark_data::prepare::border;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
@@ -92,15 +93,6 @@ impl TextPieces {
 
 fn newlines(bytes: &[u8]) -> u64 {
     bytes.iter().filter(|&&byte| byte == b'\n').count() as u64
-}
-
-/// The last place in `text` that no tokenizer joins across; the whole of it where there is none.
-fn border(text: &str) -> usize {
-    let is_letter = |c: Option<char>| c.is_some_and(char::is_alphabetic);
-    let separates = |&(at, _): &(usize, &str)| {
-        is_letter(text[..at].chars().next_back()) && is_letter(text[at + 1..].chars().next())
-    };
-    text.rmatch_indices(' ').find(separates).map_or(text.len(), |(at, _)| at)
 }
 
 #[cfg(test)]

@@ -28,7 +28,7 @@ pub(super) fn cut_after(path: &Path, at: u64, len: u64) -> Result<u64> {
 }
 
 /// The last place in `text` that no tokenizer joins across (`pieces.rs` says why); the whole of it where there is none.
-pub(super) fn border(text: &str) -> usize {
+pub fn border(text: &str) -> usize {
     let letter = |c: Option<char>| c.is_some_and(char::is_alphabetic);
     let separates =
         |&(at, _): &(usize, &str)| letter(text[..at].chars().next_back()) && letter(text[at + 1..].chars().next());

@@ -46,6 +46,7 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 
 use crate::{BpeTraining, Error, Result, Tokenizer};
+pub use cut::border;
 pub use layout::Dataset;
 use layout::{Input, Set};
 pub use progress::{Event, Progress, Skipped};

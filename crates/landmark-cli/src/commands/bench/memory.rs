@@ -2,6 +2,7 @@
 
 use super::op::{Call, Shape, Sizes};
 use super::report::Row;
+use crate::machine::peak_memory;
 use anyhow::{Context, bail};
 use std::num::NonZeroUsize;
 use std::process::{Command, Stdio};
@@ -33,13 +34,6 @@ pub fn row(shape: Shape) -> anyhow::Result<Row> {
 /// Runs the operation and prints the most bytes that this process ever had in memory.
 pub fn run(sizes: &Sizes) -> anyhow::Result<()> {
     Call::new(sizes)?.time(true)?;
-    println!("{}", peak_bytes()?);
+    println!("{}", peak_memory().context("this system does not tell the peak memory of a process; Linux does")?);
     Ok(())
-}
-
-fn peak_bytes() -> anyhow::Result<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").context("peak memory is known on Linux only")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("this system keeps no VmHWM")?;
-    let kib: u64 = line.trim().trim_end_matches(" kB").parse().with_context(|| format!("VmHWM is {line:?}"))?;
-    Ok(kib * 1024)
 }
