@@ -40,7 +40,7 @@ fn cache(model: &Gpt) -> XlCache {
 /// The loss of the next window.
 fn loss(model: &Gpt, mut cache: XlCache) -> Tensor {
     let hidden = model.hidden(&ids(50), &mut cache, None).unwrap();
-    model.loss(&hidden, &ids(51)).unwrap()
+    model.loss(&hidden, &ids(51), None).unwrap()
 }
 
 #[test]

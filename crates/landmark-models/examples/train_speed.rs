@@ -80,7 +80,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
             "none" => Box::new(NoAttention),
             _ => Box::new(WindowAttention::new(&config, &ids, Some(step as u64))?),
         };
-        let loss = model.loss(&model.hidden(&ids, &mut *attention, None)?, &targets)?;
+        let loss = model.loss(&model.hidden(&ids, &mut *attention, None)?, &targets, None)?;
         let forward = start.elapsed();
         let gradients = loss.backward()?;
         let backward = start.elapsed();

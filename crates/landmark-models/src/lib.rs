@@ -17,7 +17,7 @@
 //! let targets = Tensor::new(&[[2u32, 3, 4, landmark_models::IGNORE, 5, 6]], &Device::Cpu)?;
 //! let mut attention = WindowAttention::new(&config, &ids, None)?;
 //! let hidden = model.hidden(&ids, &mut attention, None)?;
-//! let gradients = model.loss(&hidden, &targets)?.backward()?;
+//! let gradients = model.loss(&hidden, &targets, None)?.backward()?;
 //! assert!(model.parameters().values().all(|p| gradients.get(p).is_some()));
 //! # Ok(())
 //! # }

@@ -70,7 +70,7 @@ fn train_25_steps() {
             let (ids, targets) = (inputs.get(step).unwrap(), targets.get(step).unwrap());
             let mut attention = WindowAttention::new(&config(), &ids, Some(step as u64)).unwrap();
             let hidden = model.hidden(&ids, &mut attention, Some(step as u64)).unwrap();
-            let loss = model.loss(&hidden, &targets).unwrap();
+            let loss = model.loss(&hidden, &targets, None).unwrap();
             let what = format!("loss of step {step} in {dtype:?}");
             assert_close(&what, &loss, &golden.get("losses").get(step).unwrap(), tolerance);
             adamw(&model, &loss, &mut moments, step, *rate).unwrap();

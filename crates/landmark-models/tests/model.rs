@@ -30,7 +30,7 @@ fn ids() -> Tensor {
 fn loss_and_gradients(model: &Gpt, seed: Option<u64>) -> (f32, Vec<Vec<u32>>) {
     let mut attention = WindowAttention::new(model.config(), &ids(), seed).unwrap();
     let targets = (ids() + 1.).unwrap().to_dtype(DType::U32).unwrap();
-    let loss = model.loss(&model.hidden(&ids(), &mut attention, seed).unwrap(), &targets).unwrap();
+    let loss = model.loss(&model.hidden(&ids(), &mut attention, seed).unwrap(), &targets, None).unwrap();
     let grads = loss.backward().unwrap();
     let bits =
         |grad: &Tensor| grad.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|x| x.to_bits()).collect();
@@ -192,6 +192,6 @@ fn bad_input_is_an_error() {
     assert!(model.hidden(&ids().narrow(1, 0, 20).unwrap(), &mut attention, None).is_err());
     let hidden = model.hidden(&ids(), &mut attention, None).unwrap();
     let nothing = Tensor::full(IGNORE, (2, 40), &CPU).unwrap();
-    assert!(matches!(model.loss(&hidden, &nothing), Err(Error::Value { name: "targets", .. })));
+    assert!(matches!(model.loss(&hidden, &nothing, None), Err(Error::Value { name: "targets", .. })));
     assert!(matches!(Gpt::init(&config(), 3, DType::BF16, &CPU), Err(Error::DType { .. })));
 }

@@ -1,7 +1,7 @@
 //! The fused operations: values against candle's own, gradients against finite differences, errors by name.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use landmark_models::ops::{self, Dropout, Mlp};
+use landmark_models::ops::{self, Activation, Dropout, Mlp, NormKind};
 use landmark_models::{Error, IGNORE};
 
 const CPU: Device = Device::Cpu;
@@ -55,17 +55,22 @@ fn gradient_of_linear() {
 }
 
 #[test]
-fn gradient_of_layer_norm() {
+fn gradient_of_norm() {
     let (x, w, b) = (values(1, &[3, 2, 37]), values(2, &[37]), values(3, &[37]));
-    check_gradients("layer_norm", &[&x, &w], || Ok(weigh(&ops::layer_norm(&x, &w, None)?)?));
-    check_gradients("layer_norm with bias", &[&x, &w, &b], || Ok(weigh(&ops::layer_norm(&x, &w, Some(&b))?)?));
+    check_gradients("rms_norm", &[&x, &w], || Ok(weigh(&ops::norm(&x, NormKind::Rms, &w, None, x.dtype())?)?));
+    check_gradients("layer_norm", &[&x, &w], || Ok(weigh(&ops::norm(&x, NormKind::Layer, &w, None, x.dtype())?)?));
+    check_gradients("layer_norm with bias", &[&x, &w, &b], || {
+        Ok(weigh(&ops::norm(&x, NormKind::Layer, &w, Some(&b), x.dtype())?)?)
+    });
 }
 
 #[test]
 fn gradient_of_mlp() {
     let (x, residual) = (values(1, &[2, 3, 4]), values(2, &[2, 3, 4]));
     let (up, down, up_bias, down_bias) = (values(3, &[9, 4]), values(4, &[4, 9]), values(5, &[9]), values(6, &[4]));
-    let bare = Mlp { up: up.as_tensor().clone(), up_bias: None, down: down.as_tensor().clone(), down_bias: None };
+    let activation = Activation::Gelu;
+    let bare =
+        Mlp { activation, up: up.as_tensor().clone(), up_bias: None, down: down.as_tensor().clone(), down_bias: None };
     let biased = Mlp {
         up_bias: Some(up_bias.as_tensor().clone()),
         down_bias: Some(down_bias.as_tensor().clone()),
@@ -76,8 +81,26 @@ fn gradient_of_mlp() {
     check_gradients("mlp with biases and dropout", &[&x, &residual, &up, &down, &up_bias, &down_bias], || {
         Ok(weigh(&ops::mlp(&x, &biased, &residual, dropout)?)?)
     });
+    let (gated_up, gated_bias) = (values(7, &[18, 4]), values(8, &[18]));
+    let gated = Mlp {
+        activation: Activation::Swiglu,
+        up: gated_up.as_tensor().clone(),
+        up_bias: Some(gated_bias.as_tensor().clone()),
+        ..bare.clone()
+    };
+    check_gradients("swiglu", &[&x, &residual, &gated_up, &down, &gated_bias], || {
+        Ok(weigh(&ops::mlp(&x, &gated, &residual, None)?)?)
+    });
+    let odd = Mlp { up: values(9, &[17, 4]).as_tensor().clone(), up_bias: None, ..gated };
+    assert!(matches!(ops::mlp(&x, &odd, &residual, None), Err(Error::Shape { tensor: "up", .. })));
     // Without a gradient to come the GELU is taken in place.
-    let detached = Mlp { up: up.as_detached_tensor(), up_bias: None, down: down.as_detached_tensor(), down_bias: None };
+    let detached = Mlp {
+        activation,
+        up: up.as_detached_tensor(),
+        up_bias: None,
+        down: down.as_detached_tensor(),
+        down_bias: None,
+    };
     let got = ops::mlp(&x.as_detached_tensor(), &detached, &residual.as_detached_tensor(), None).unwrap();
     let expected = ops::mlp(&x, &bare, &residual, None).unwrap();
     assert_eq!(bits(&got), bits(&expected));
@@ -117,12 +140,30 @@ fn gradient_of_embedding_and_dropout() {
 fn gradient_of_cross_entropy() {
     let (x, w) = (values(1, &[2, 3, 4]), values(2, &[11, 4]));
     let targets = Tensor::new(&[[3u32, IGNORE, 0], [10, 3, IGNORE]], &CPU).unwrap();
-    check_gradients("cross_entropy", &[&x, &w], || ops::cross_entropy(&x, &w, &targets));
-    check_gradients("half of it", &[&x, &w], || Ok((ops::cross_entropy(&x, &w, &targets)? * 0.5)?));
+    check_gradients("cross_entropy", &[&x, &w], || ops::cross_entropy(&x, &w, &targets, None));
+    let weights = Tensor::new(&[[0.5f32, 7., 2.], [0., 1., 1.]], &CPU).unwrap();
+    check_gradients("weighed", &[&x, &w], || ops::cross_entropy(&x, &w, &targets, Some(&weights)));
+    let flat = weights.flatten_all().unwrap();
+    let of = |targets: &[u32], weights: Option<&Tensor>| {
+        let x = x.flatten(0, 1).unwrap();
+        let loss = ops::cross_entropy(&x, &w, &Tensor::new(targets, &CPU).unwrap(), weights).unwrap();
+        loss.to_scalar::<f64>().unwrap()
+    };
+    let one = |place: usize, target: u32| {
+        let mut targets = [IGNORE; 6];
+        targets[place] = target;
+        of(&targets, None)
+    };
+    let weighed = of(&[3, IGNORE, 0, 10, 3, IGNORE], Some(&flat));
+    assert!((weighed - (0.5 * one(0, 3) + 2. * one(2, 0) + one(4, 3)) / 3.5).abs() < 1e-12);
+    let negative = (weights.neg()).unwrap();
+    let wrong = ops::cross_entropy(&x, &w, &targets, Some(&negative));
+    assert!(matches!(wrong, Err(Error::Value { name: "weights", .. })));
+    check_gradients("half of it", &[&x, &w], || Ok((ops::cross_entropy(&x, &w, &targets, None)? * 0.5)?));
     // Many rows of a large vocabulary: several chunks.
     let (x, w) = (values(3, &[700, 2]), values(4, &[9000, 2]));
     let targets = Tensor::from_iter((0..700u32).map(|i| if i % 5 == 0 { IGNORE } else { i * 12 }), &CPU).unwrap();
-    let loss = ops::cross_entropy(&x, &w, &targets).unwrap();
+    let loss = ops::cross_entropy(&x, &w, &targets, None).unwrap();
     let grads = loss.backward().unwrap();
     let scores = ops::token_scores(&x, &w, &targets).unwrap();
     let logits = x.matmul(&w.t().unwrap()).unwrap();
@@ -148,7 +189,7 @@ fn gradient_of_cross_entropy() {
         assert!(score.is_none_or(|s| s.correct == (best[i] == wanted[i])));
     }
     // The same value without a gradient to come.
-    let detached = ops::cross_entropy(&x.as_detached_tensor(), &w.as_detached_tensor(), &targets).unwrap();
+    let detached = ops::cross_entropy(&x.as_detached_tensor(), &w.as_detached_tensor(), &targets, None).unwrap();
     assert!((number(&detached) - number(&loss)).abs() < 1e-12);
 }
 
@@ -158,15 +199,16 @@ fn f32_agrees_with_f64() {
     let (x, w, v) = (values(1, &[130, 64]), values(2, &[96, 64]), values(3, &[64]));
     let targets = Tensor::from_iter((0..130u32).map(|i| i % 96), &CPU).unwrap();
     let run = |x: &Var, w: &Var, v: &Var| {
-        let normal = ops::layer_norm(x, v, None).unwrap();
+        let normal = ops::norm(x, NormKind::Layer, v, None, x.dtype()).unwrap();
         let mlp = Mlp {
+            activation: Activation::Gelu,
             up: w.as_tensor().clone(),
             up_bias: None,
             down: w.t().unwrap().contiguous().unwrap(),
             down_bias: None,
         };
         let hidden = ops::mlp(&normal, &mlp, x, Some(Dropout { p: 0.1, seed: 1 })).unwrap();
-        let loss = ops::cross_entropy(&hidden, w, &targets).unwrap();
+        let loss = ops::cross_entropy(&hidden, w, &targets, None).unwrap();
         let grads = loss.backward().unwrap();
         [loss, grads.get(x).unwrap().clone(), grads.get(w).unwrap().clone(), grads.get(v).unwrap().clone()]
     };
@@ -207,8 +249,8 @@ fn errors_name_the_argument() {
     shape(ops::linear(&x, &narrow, None), "w");
     shape(ops::linear(&x, &w, Some(&narrow)), "bias");
     shape(ops::linear(&Tensor::zeros((0, 4), DType::F64, &CPU).unwrap(), &w, None), "x");
-    shape(ops::layer_norm(&x, &narrow, None), "w");
-    shape(ops::cross_entropy(&x, &w, &ids(&[1, 2])), "targets");
+    shape(ops::norm(&x, NormKind::Layer, &narrow, None, x.dtype()), "w");
+    shape(ops::cross_entropy(&x, &w, &ids(&[1, 2]), None), "targets");
     shape(ops::project_heads(&x, &w, None, 2).map(|[q, _, _]| q), "x");
     shape(ops::project_heads(&x.unsqueeze(0).unwrap(), &w, None, 2).map(|[q, _, _]| q), "w");
     shape(ops::merge_heads(&x, &w, None, &x, None), "o");
@@ -216,8 +258,8 @@ fn errors_name_the_argument() {
         assert!(matches!(result, Err(Error::Value { name, .. }) if name == wrong), "{wrong}");
     };
     value(ops::embedding(&w, &ids(&[0, 5])), "tokens");
-    value(ops::cross_entropy(&x, &w, &ids(&[1, 2, 5])), "targets");
-    value(ops::cross_entropy(&x, &w, &ids(&[IGNORE, IGNORE, IGNORE])), "targets");
+    value(ops::cross_entropy(&x, &w, &ids(&[1, 2, 5]), None), "targets");
+    value(ops::cross_entropy(&x, &w, &ids(&[IGNORE, IGNORE, IGNORE]), None), "targets");
     value(ops::dropout(&x, Dropout { p: 1., seed: 0 }), "dropout.p");
     let dtype = |result: landmark_models::Result<Tensor>, name: &str| {
         assert!(matches!(result, Err(Error::DType { tensor, .. }) if tensor == name), "{name}");

@@ -66,7 +66,7 @@ impl Trainer {
             // Seeds all that is random in training.
             let seed = mix(mix(self.seed, self.iteration as u64), micro as u64);
             self.process.read(&self.model, &batch, Some(seed), |hidden, targets| {
-                let window_loss = self.model.loss(hidden, targets)?;
+                let window_loss = self.model.loss(hidden, targets, None)?;
                 loss += scalar(&window_loss)?;
                 windows += 1;
                 self.optimizer.accumulate(&mut gradients, &mut window_loss.backward()?)

@@ -104,7 +104,7 @@ fn a_step_is_that_of_one_pass_in_which_each_token_sees_the_same() {
             .step_by(WINDOW)
             .map(|from| {
                 let part = |x: &Tensor| x.narrow(1, from, WINDOW.min(total - from)).unwrap().contiguous().unwrap();
-                model.loss(&part(&hidden), &part(&targets)).unwrap()
+                model.loss(&part(&hidden), &part(&targets), None).unwrap()
             })
             .collect();
         let mean = losses.iter().map(|loss| loss.to_scalar::<f64>().unwrap()).sum::<f64>() / losses.len() as f64;
@@ -167,7 +167,7 @@ fn a_window_sees_what_was_before_it() {
     let targets = Tensor::from_vec(targets, (ROWS, WINDOW), &Device::Cpu).unwrap();
     let mut window = WindowAttention::new(model.config(), &alone, None).unwrap();
     let hidden = model.hidden(&alone, &mut window, None).unwrap();
-    let without: f64 = model.loss(&hidden, &targets).unwrap().to_scalar().unwrap();
+    let without: f64 = model.loss(&hidden, &targets, None).unwrap().to_scalar().unwrap();
     assert!((loss(&batch) - without).abs() > 1e-6);
 }
 

@@ -12,7 +12,7 @@ use candle_core::Device;
 use clap::Parser;
 use flags::{Dtype, Flags, Model, Opt, OptimizationProcess, Scheduler, text};
 use landmark_data::Tokenizer;
-use landmark_models::gpt::{Gpt, GptConfig, Placement, PositionalEncoder, SoftmaxFunc, Variant};
+use landmark_models::gpt::{Gpt, GptConfig, MlpKind, Norm, Placement, PositionalEncoder, SoftmaxFunc, Variant};
 use landmark_train::{Anneal, Corpus, Data, Limits, Method, Outcome, Process, Sample, Settings, Vocabulary, Wandb};
 use progress::Progress;
 use std::path::{Component, Path, PathBuf};
@@ -204,6 +204,15 @@ fn settings(flags: &Flags, vocabulary: &Vocabulary) -> Settings {
         dropout: flags.dropout,
         group_dropout: flags.group_dropout,
         bias: flags.bias,
+        norm: match flags.norm {
+            flags::Norm::Layer => Norm::Layer,
+            flags::Norm::Rms => Norm::Rms,
+        },
+        mlp: match flags.mlp {
+            flags::MlpKind::Gelu => MlpKind::Gelu,
+            flags::MlpKind::Swiglu => MlpKind::Swiglu,
+        },
+        qk_norm: flags.qk_norm,
         model: match flags.model {
             Model::BaseRotary => Variant::BaseRotary,
             Model::Landmark => Variant::Landmark,

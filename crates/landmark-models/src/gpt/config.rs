@@ -46,6 +46,28 @@ pub enum PositionalEncoder {
     RotaryMemJump,
 }
 
+/// How the residual stream is normalised before it is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Norm {
+    /// LayerNorm, as the authors have it.
+    #[default]
+    Layer,
+    /// RMSNorm, as LLaMA has it.
+    Rms,
+}
+
+/// The feed-forward half of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MlpKind {
+    /// Four times as wide as the stream, with GELU, as the authors have it.
+    #[default]
+    Gelu,
+    /// Gated, 8/3 as wide in multiples of 64, with SiLU, as LLaMA has it.
+    Swiglu,
+}
+
 /// Where the landmarks of the training data are, and where those of a text are that is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -98,6 +120,15 @@ pub struct GptConfig {
     pub group_dropout: Option<f64>,
     /// Whether linear maps and normalisations have biases.
     pub bias: bool,
+    /// How the stream is normalised.
+    #[serde(default)]
+    pub norm: Norm,
+    /// The feed-forward half of a layer.
+    #[serde(default)]
+    pub mlp: MlpKind,
+    /// Whether queries and keys are normalised head by head (RMSNorm) before they are rotated.
+    #[serde(default)]
+    pub qk_norm: bool,
     /// With a context-miss token: the probability, for each landmark of a training window, that it opens only by a context
     /// miss. `None`: nothing is controlled.
     pub under_rem_score_prob: Option<f64>,
@@ -125,6 +156,9 @@ impl Default for GptConfig {
             dropout: 0.,
             group_dropout: None,
             bias: false,
+            norm: Norm::Layer,
+            mlp: MlpKind::Gelu,
+            qk_norm: false,
             under_rem_score_prob: None,
             rem_cutoff: None,
         }
@@ -135,6 +169,14 @@ impl GptConfig {
     /// Channels of a head.
     pub fn head_dim(&self) -> usize {
         self.n_embd / self.n_head
+    }
+
+    /// Width between up and down of the feed-forward half.
+    pub fn n_hidden(&self) -> usize {
+        match self.mlp {
+            MlpKind::Gelu => 4 * self.n_embd,
+            MlpKind::Swiglu => (8 * self.n_embd / 3).next_multiple_of(64),
+        }
     }
 
     /// The rotary embedding of the heads.
@@ -163,6 +205,9 @@ impl GptConfig {
         if landmarks && self.landmark_id as usize >= self.vocab_size {
             let expected = format!("below vocab_size = {}", self.vocab_size);
             return wrong("landmark_id", self.landmark_id.to_string(), &expected);
+        }
+        if self.bias && self.norm == Norm::Rms {
+            return wrong("norm", "rms".into(), "layer with bias, as RMSNorm has none");
         }
         if self.mem_freq == Some(0) {
             return wrong("mem_freq", "0".into(), "at least 1");
@@ -225,7 +270,14 @@ mod tests {
         assert_eq!(serde_json::from_value::<GptConfig>(json.clone()).unwrap().landmarks, Placement::Sentence);
         // Checkpoints from before there was a choice.
         json.as_object_mut().unwrap().remove("landmarks");
-        assert_eq!(serde_json::from_value::<GptConfig>(json.clone()).unwrap().landmarks, Placement::Regular);
+        for option in ["norm", "mlp", "qk_norm"] {
+            json.as_object_mut().unwrap().remove(option);
+        }
+        let old = serde_json::from_value::<GptConfig>(json.clone()).unwrap();
+        assert_eq!(
+            (old.landmarks, old.norm, old.mlp, old.qk_norm),
+            (Placement::Regular, Norm::Layer, MlpKind::Gelu, false)
+        );
         json["n_heads"] = 3.into();
         assert!(serde_json::from_value::<GptConfig>(json).unwrap_err().to_string().contains("n_heads"));
     }
@@ -233,7 +285,8 @@ mod tests {
     #[test]
     fn validate_names_the_field() {
         type Change = fn(&mut GptConfig);
-        let cases: [(&str, Change); 12] = [
+        let cases: [(&str, Change); 13] = [
+            ("norm", |c| (c.norm, c.bias) = (Norm::Rms, true)),
             ("vocab_size", |c| c.vocab_size = 0),
             ("n_embd", |c| c.n_embd = 1000),
             ("landmark_id", |c| c.landmark_id = 50_304),

@@ -1,4 +1,5 @@
-//! The reference GPT: pre-norm layers, GELU, rotary positions, one table for embedding and head.
+//! The reference GPT: pre-norm layers, GELU, rotary positions, one table for embedding and head. By configuration also with RMSNorm,
+//! SwiGLU and normalised queries and keys.
 
 mod attention;
 mod config;
@@ -7,5 +8,5 @@ mod model;
 mod parameters;
 
 pub use attention::WindowAttention;
-pub use config::{GptConfig, Placement, PositionalEncoder, SoftmaxFunc, Variant};
+pub use config::{GptConfig, MlpKind, Norm, Placement, PositionalEncoder, SoftmaxFunc, Variant};
 pub use model::Gpt;

@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, HashMap};
 use candle_core::{DType, Device, Tensor, Var};
 use landmark_attention::Attend;
 
-use super::config::{GptConfig, Variant};
+use super::config::{self, GptConfig, MlpKind, Variant};
 use super::parameters;
-use crate::ops::{self, Dropout, Mlp, TokenScore};
+use crate::ops::{self, Activation, Dropout, Mlp, NormKind, TokenScore};
 use crate::{Error, Result};
 
 /// A GPT and its parameters.
@@ -21,17 +21,19 @@ pub struct Gpt {
     miss_token: Option<Tensor>,
     layers: Vec<Layer>,
     ln_f: Norm,
+    activations: DType,
 }
 
 #[derive(Debug)]
 struct Norm {
+    kind: NormKind,
     w: Tensor,
     b: Option<Tensor>,
 }
 
 impl Norm {
-    fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        ops::layer_norm(x, &self.w, self.b.as_ref())
+    fn apply(&self, x: &Tensor, dtype: DType) -> Result<Tensor> {
+        ops::norm(x, self.kind, &self.w, self.b.as_ref(), dtype)
     }
 }
 
@@ -39,6 +41,7 @@ impl Norm {
 struct Layer {
     ln_1: Norm,
     c_attn: (Tensor, Option<Tensor>),
+    qk_norm: Option<[Norm; 2]>,
     c_proj: (Tensor, Option<Tensor>),
     ln_2: Norm,
     mlp: Mlp,
@@ -80,26 +83,38 @@ impl Gpt {
             let weight = get(&format!("{name}.weight")).expect("the parameters follow the specification");
             (weight, get(&format!("{name}.bias")))
         };
-        let norm = |name: &str| {
+        let norm = |name: &str, kind: NormKind| {
             let (w, b) = pair(name);
-            Norm { w, b }
+            Norm { kind, w, b }
+        };
+        let kind = match config.norm {
+            config::Norm::Layer => NormKind::Layer,
+            config::Norm::Rms => NormKind::Rms,
+        };
+        let activation = match config.mlp {
+            MlpKind::Gelu => Activation::Gelu,
+            MlpKind::Swiglu => Activation::Swiglu,
         };
         let layer = |layer: usize| {
             let h = format!("transformer.h.{layer}");
             let ((up, up_bias), (down, down_bias)) = (pair(&format!("{h}.mlp.c_fc")), pair(&format!("{h}.mlp.c_proj")));
             Layer {
-                ln_1: norm(&format!("{h}.ln_1")),
+                ln_1: norm(&format!("{h}.ln_1"), kind),
                 c_attn: pair(&format!("{h}.attn.c_attn")),
+                qk_norm: config
+                    .qk_norm
+                    .then(|| ["q_norm", "k_norm"].map(|name| norm(&format!("{h}.attn.{name}"), NormKind::Rms))),
                 c_proj: pair(&format!("{h}.attn.c_proj")),
-                ln_2: norm(&format!("{h}.ln_2")),
-                mlp: Mlp { up, up_bias, down, down_bias },
+                ln_2: norm(&format!("{h}.ln_2"), kind),
+                mlp: Mlp { activation, up, up_bias, down, down_bias },
             }
         };
         let (wte, _) = pair("transformer.wte");
         let miss_token = get("rem_token_embedding.weight");
         let layers = (0..config.n_layer).map(layer).collect();
-        let ln_f = norm("transformer.ln_f");
-        Self { config, wte, miss_token, layers, ln_f, parameters }
+        let ln_f = norm("transformer.ln_f", kind);
+        let activations = wte.dtype();
+        Self { config, wte, miss_token, layers, ln_f, parameters, activations }
     }
 
     /// The configuration.
@@ -142,16 +157,20 @@ impl Gpt {
         }
         for (index, layer) in self.layers.iter().enumerate() {
             let (w, b) = &layer.c_attn;
-            let [q, k, v] = ops::project_heads(&layer.ln_1.apply(&x)?, w, b.as_ref(), self.config.n_head)?;
+            let normal = layer.ln_1.apply(&x, self.activations)?;
+            let [mut q, mut k, v] = ops::project_heads(&normal, w, b.as_ref(), self.config.n_head)?;
+            if let Some([q_norm, k_norm]) = &layer.qk_norm {
+                (q, k) = (q_norm.apply(&q, self.activations)?, k_norm.apply(&k, self.activations)?);
+            }
             let o = attention.attend(index, &q, &k, &v)?;
             let (w, b) = &layer.c_proj;
             x = ops::merge_heads(&o, w, b.as_ref(), &x, drop(2 * index + 1))?;
-            x = ops::mlp(&layer.ln_2.apply(&x)?, &layer.mlp, &x, drop(2 * index + 2))?;
+            x = ops::mlp(&layer.ln_2.apply(&x, self.activations)?, &layer.mlp, &x, drop(2 * index + 2))?;
         }
         if self.config.model == Variant::LandmarkWithCmt {
             x = x.narrow(1, 1, time)?;
         }
-        self.ln_f.apply(&x)
+        self.ln_f.apply(&x, self.activations)
     }
 
     /// The logits `[.., V]` of hidden states `[.., C]`.
@@ -159,10 +178,10 @@ impl Gpt {
         ops::linear(hidden, &self.wte, None)
     }
 
-    /// The mean cross entropy of `targets` `[..]` (u32, [`IGNORE`](crate::IGNORE) where there is none) under hidden states `[.., C]`: a
-    /// scalar, differentiable. The logits are never all in memory.
-    pub fn loss(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        ops::cross_entropy(hidden, &self.wte, targets)
+    /// The mean cross entropy of `targets` `[..]` (u32, [`IGNORE`](crate::IGNORE) where there is none) under hidden states `[.., C]`, by
+    /// `weights` `[..]` (f32) if there are any: a scalar, differentiable. The logits are never all in memory.
+    pub fn loss(&self, hidden: &Tensor, targets: &Tensor, weights: Option<&Tensor>) -> Result<Tensor> {
+        ops::cross_entropy(hidden, &self.wte, targets, weights)
     }
 
     /// Loss and accuracy target by target, in row-major order, `None` where there is no target; arguments as for [`Gpt::loss`].

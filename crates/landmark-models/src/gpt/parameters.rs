@@ -7,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, Normal};
 
-use super::config::{GptConfig, Variant};
+use super::config::{GptConfig, MlpKind, Variant};
 use crate::{Error, Result};
 
 /// What a parameter starts as.
@@ -38,20 +38,28 @@ pub(super) fn specification(config: &GptConfig) -> BTreeMap<String, (Vec<usize>,
         let layer = format!("transformer.h.{layer}");
         matrix(&format!("{layer}.attn.c_attn"), 3 * c, c, 0.02, bias);
         matrix(&format!("{layer}.attn.c_proj"), c, c, residual, bias);
-        matrix(&format!("{layer}.mlp.c_fc"), 4 * c, c, 0.02, bias);
-        matrix(&format!("{layer}.mlp.c_proj"), c, 4 * c, residual, bias);
+        let rows = match config.mlp {
+            MlpKind::Gelu => config.n_hidden(),
+            MlpKind::Swiglu => 2 * config.n_hidden(),
+        };
+        matrix(&format!("{layer}.mlp.c_fc"), rows, c, 0.02, bias);
+        matrix(&format!("{layer}.mlp.c_proj"), c, config.n_hidden(), residual, bias);
     }
-    let mut norm = |name: &str| {
-        all.insert(format!("{name}.weight"), (vec![c], Start::Ones));
+    let mut norm = |name: &str, width: usize| {
+        all.insert(format!("{name}.weight"), (vec![width], Start::Ones));
         if bias {
-            all.insert(format!("{name}.bias"), (vec![c], Start::Zeros));
+            all.insert(format!("{name}.bias"), (vec![width], Start::Zeros));
         }
     };
     for layer in 0..config.n_layer {
-        norm(&format!("transformer.h.{layer}.ln_1"));
-        norm(&format!("transformer.h.{layer}.ln_2"));
+        norm(&format!("transformer.h.{layer}.ln_1"), c);
+        norm(&format!("transformer.h.{layer}.ln_2"), c);
+        if config.qk_norm {
+            norm(&format!("transformer.h.{layer}.attn.q_norm"), config.head_dim());
+            norm(&format!("transformer.h.{layer}.attn.k_norm"), config.head_dim());
+        }
     }
-    norm("transformer.ln_f");
+    norm("transformer.ln_f", c);
     all
 }
 

@@ -4,13 +4,13 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use super::by_dtype;
 use super::elements::{Elements, check_shape, ids, rows_and_width};
 use super::linear::check_weight;
 use super::math::{Real, max_of, sum_of};
 use super::product::{Matrix, add_product, product, product_into};
 use super::record::{Output, Tape};
 use super::vectorised::vectorised;
+use super::{by_dtype, on_gpu};
 use crate::{Error, Result};
 
 const OP: &str = "cross_entropy";
@@ -31,21 +31,23 @@ pub struct TokenScore {
 }
 
 /// The mean, over the positions whose target is not [`IGNORE`], of the cross entropy of `x w^T`, for `x` `[.., C]`, `w` `[V, C]` and
-/// `targets` `[..]` of u32. A scalar.
+/// `targets` `[..]` of u32. A scalar. `weights` `[..]` of f32, none negative, weigh the positions in that mean.
 ///
 /// When a gradient can be asked for it is computed here, while the logits of a chunk are at hand; the backward pass
 /// only scales it.
-pub fn cross_entropy(x: &Tensor, w: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    by_dtype!(OP, "x", x, loss(x, w, targets))
+pub fn cross_entropy(x: &Tensor, w: &Tensor, targets: &Tensor, weights: Option<&Tensor>) -> Result<Tensor> {
+    on_gpu!(x, super::cuda::cross_entropy(x, w, targets, weights));
+    by_dtype!(OP, "x", x, loss(x, w, targets, weights))
 }
 
 /// The score of each position of `x w^T`, `None` where the target is [`IGNORE`]; arguments as for [`cross_entropy`], positions
 /// in row-major order. No gradient.
 pub fn token_scores(x: &Tensor, w: &Tensor, targets: &Tensor) -> Result<Vec<Option<TokenScore>>> {
+    on_gpu!(x, super::cuda::token_scores(x, w, targets));
     by_dtype!(OP, "x", x, scores(x, w, targets))
 }
 
-fn check(x: &Tensor, w: &Tensor, targets: &Tensor) -> Result<(usize, usize, usize, Vec<u32>)> {
+pub(super) fn check(x: &Tensor, w: &Tensor, targets: &Tensor) -> Result<(usize, usize, usize, Vec<u32>)> {
     let (n, width) = rows_and_width(OP, "x", x)?;
     let vocab = check_weight(OP, "w", w, None, width)?;
     check_shape(OP, "targets", targets, &x.dims()[..x.rank() - 1])?;
@@ -57,13 +59,38 @@ fn check(x: &Tensor, w: &Tensor, targets: &Tensor) -> Result<(usize, usize, usiz
     Ok((n, width, vocab, targets))
 }
 
-fn loss<T: Real>(x: &Tensor, w: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    let (n, width, vocab, targets) = check(x, w, targets)?;
-    let counted = targets.iter().filter(|&&t| t != IGNORE).count();
-    if counted == 0 {
-        let expected = "a target at one position at least".to_string();
-        return Err(Error::Value { op: OP, name: "targets", got: "IGNORE everywhere".into(), expected });
+/// The share of each position in the mean: 0 where there is no target, 1 in all.
+pub(super) fn shares(targets: &[u32], weights: Option<&Tensor>, shape: &[usize]) -> Result<Vec<f64>> {
+    let mut shares = match weights {
+        None => vec![1.; targets.len()],
+        Some(weights) => {
+            check_shape(OP, "weights", weights, shape)?;
+            weights.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f64::from).collect()
+        }
+    };
+    if let Some(weight) = shares.iter().find(|weight| !(0. ..f64::INFINITY).contains(*weight)) {
+        let expected = "numbers from 0".to_string();
+        return Err(Error::Value { op: OP, name: "weights", got: weight.to_string(), expected });
     }
+    let masked = |(share, target): (&mut f64, &u32)| -> f64 {
+        if *target == IGNORE {
+            *share = 0.;
+        }
+        *share
+    };
+    let total: f64 = shares.iter_mut().zip(targets).map(masked).sum();
+    if total == 0. {
+        let expected = "a target of some weight at one position at least".to_string();
+        return Err(Error::Value { op: OP, name: "targets", got: "IGNORE or weight 0 everywhere".into(), expected });
+    }
+    shares.iter_mut().for_each(|share| *share /= total);
+    Ok(shares)
+}
+
+fn loss<T: Real>(x: &Tensor, w: &Tensor, targets: &Tensor, weights: Option<&Tensor>) -> Result<Tensor> {
+    let shape = targets.dims();
+    let (n, width, vocab, targets) = check(x, w, targets)?;
+    let shares = shares(&targets, weights, shape)?;
     let x = x.contiguous()?;
     let tape = Tape::new(OP, &[&x, w])?;
     let (loss, grads) = {
@@ -75,19 +102,25 @@ fn loss<T: Real>(x: &Tensor, w: &Tensor, targets: &Tensor) -> Result<Tensor> {
             false => (Vec::new(), Vec::new()),
         };
         let mut total = 0.;
-        for (chunk, (targets, x)) in targets.chunks(step).zip(x_nc.chunks(step * width)).enumerate() {
+        let chunks = targets.chunks(step).zip(shares.chunks(step)).zip(x_nc.chunks(step * width));
+        for (chunk, ((targets, shares), x)) in chunks.enumerate() {
             let x = Matrix::new(x, targets.len(), width);
             let mut logits = product(x, w_vc.t());
             if !tape.tracked() {
-                total += score_rows(&logits, vocab, targets).iter().flatten().map(|s| s.loss).sum::<f64>();
+                let scores = score_rows(&logits, vocab, targets);
+                total += scores
+                    .iter()
+                    .zip(shares)
+                    .filter_map(|(score, share)| Some(score.as_ref()?.loss * share))
+                    .sum::<f64>();
                 continue;
             }
-            total += softmax_less_target(&mut logits, vocab, targets, counted);
+            total += softmax_less_target(&mut logits, vocab, targets, shares);
             let d_logits = Matrix::new(&logits, targets.len(), vocab);
             add_product(&mut dw, d_logits.t(), x);
             product_into(&mut dx[chunk * step * width..][..targets.len() * width], d_logits, w_vc);
         }
-        (total / counted as f64, (dx, dw))
+        (total, (dx, dw))
     };
     let (x_shape, w_shape, device) = (x.shape().clone(), w.shape().clone(), x.device().clone());
     let grads = match tape.tracked() {
@@ -130,10 +163,10 @@ fn score_rows<T: Real>(logits: &[T], vocab: usize, targets: &[u32]) -> Vec<Optio
     rows.map(|(logits, &target)| (target != IGNORE).then(|| score(logits, target))).collect()
 }
 
-/// Turns logits into the gradient of the mean loss, `(softmax - 1 at the target) / counted`, and returns the summed loss.
-fn softmax_less_target<T: Real>(logits: &mut [T], vocab: usize, targets: &[u32], counted: usize) -> f64 {
-    let per = T::one() / T::from_f64(counted as f64);
-    let row = |logits: &mut [T], target: u32| -> f64 {
+/// Turns logits into the gradient of the mean loss, `share (softmax - 1 at the target)`, and returns the positions' part of that loss.
+fn softmax_less_target<T: Real>(logits: &mut [T], vocab: usize, targets: &[u32], shares: &[f64]) -> f64 {
+    let row = |logits: &mut [T], target: u32, share: f64| -> f64 {
+        let per = T::from_f64(share);
         if target == IGNORE {
             logits.fill(T::zero());
             return 0.;
@@ -141,10 +174,10 @@ fn softmax_less_target<T: Real>(logits: &mut [T], vocab: usize, targets: &[u32],
         let at_target = logits[target as usize];
         let (max, sum) = scaled_softmax(logits, per);
         logits[target as usize] -= per;
-        real(max - at_target) + real(sum).ln()
+        share * (real(max - at_target) + real(sum).ln())
     };
-    let losses: Vec<f64> =
-        logits.par_chunks_mut(vocab).zip(targets).map(|(logits, &target)| row(logits, target)).collect();
+    let rows = logits.par_chunks_mut(vocab).zip(targets).zip(shares);
+    let losses: Vec<f64> = rows.map(|((logits, &target), &share)| row(logits, target, share)).collect();
     losses.iter().sum()
 }
 

@@ -6,13 +6,14 @@ use rayon::prelude::*;
 use super::elements::{Elements, ids, rows_and_width};
 use super::math::Real;
 use super::record::{Output, Tape};
-use super::{by_dtype, rows};
+use super::{by_dtype, on_gpu, rows};
 use crate::{Error, Result};
 
 const OP: &str = "embedding";
 
 /// The rows of `w` `[V, C]` that `tokens`, u32 of any shape, name; returns `[.., C]`.
 pub fn embedding(w: &Tensor, tokens: &Tensor) -> Result<Tensor> {
+    on_gpu!(w, super::cuda::embedding(w, tokens));
     by_dtype!(OP, "w", w, typed(w, tokens))
 }
 

@@ -12,12 +12,13 @@ use super::elements::{Elements, check_shape};
 use super::linear::{affine, affine_backward, check_weight};
 use super::math::Real;
 use super::record::{Output, Tape};
-use super::{by_dtype, rows};
+use super::{by_dtype, on_gpu, rows};
 use crate::{Error, Result};
 
 /// Queries, keys and values `[B, H, T, D]` of `x` `[B, T, C]`: the rows of `w` `[3 H D, C]` and `b` `[3 H D]` are q, then k,
 /// then v, each head by head.
 pub fn project_heads(x: &Tensor, w: &Tensor, b: Option<&Tensor>, heads: usize) -> Result<[Tensor; 3]> {
+    on_gpu!(x, super::cuda::project_heads(x, w, b, heads));
     by_dtype!("project_heads", "x", x, project(x, w, b, heads))
 }
 
@@ -65,6 +66,7 @@ pub fn merge_heads(
     residual: &Tensor,
     dropout: Option<Dropout>,
 ) -> Result<Tensor> {
+    on_gpu!(o, super::cuda::merge_heads(o, w, b, residual, dropout));
     by_dtype!("merge_heads", "o", o, merge(o, w, b, residual, dropout))
 }
 

@@ -6,11 +6,12 @@ use super::elements::{Elements, check_shape, rows_and_width};
 use super::math::Real;
 use super::product::{Matrix, product};
 use super::record::{Output, Tape};
-use super::{by_dtype, rows};
+use super::{by_dtype, on_gpu, rows};
 use crate::{Error, Result};
 
 /// `x w^T + b` for `x` `[.., in]`, `w` `[out, in]`, `b` `[out]`; returns `[.., out]`.
 pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+    on_gpu!(x, super::cuda::linear(x, w, b));
     by_dtype!("linear", "x", x, typed(x, w, b))
 }
 

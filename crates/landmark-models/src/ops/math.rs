@@ -11,6 +11,12 @@ pub(crate) trait Real: WithDType + Float {
     /// The error function: f32 to 5e-7.
     fn erf(self) -> Self;
 
+    /// `1 / (1 + e^-x)`.
+    #[inline(always)]
+    fn sigmoid(self) -> Self {
+        Self::one() / (Self::one() + (-self).fast_exp())
+    }
+
     /// `x Phi(x)`, the exact GELU.
     #[inline(always)]
     fn gelu(self) -> Self {

@@ -1,4 +1,4 @@
-//! The feed-forward half of a layer: up, exact GELU, down, onto the residual stream. One operation, because its inner
+//! The feed-forward half of a layer: up, activation, down, onto the residual stream. One operation, because its inner
 //! activations are four times as wide as the stream and each edge of the graph would cost them a pass over memory.
 
 use std::mem::MaybeUninit;
@@ -12,15 +12,38 @@ use super::math::Real;
 use super::product::{Matrix, product};
 use super::record::{Output, Tape};
 use super::vectorised::vectorised;
-use super::{by_dtype, rows};
+use super::{by_dtype, on_gpu, rows};
 use crate::Result;
+
+const OP: &str = "mlp";
+
+/// What is between up and down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// The exact GELU.
+    Gelu,
+    /// `SiLU(g) u`, of which `g` are the first half of the rows of up and `u` the second (Shazeer, 2020).
+    Swiglu,
+}
+
+impl Activation {
+    /// Rows of up for each column of down.
+    pub(super) fn rows(self) -> usize {
+        match self {
+            Self::Gelu => 1,
+            Self::Swiglu => 2,
+        }
+    }
+}
 
 /// The parameters of [`mlp`].
 #[derive(Debug, Clone)]
 pub struct Mlp {
-    /// Up, `[hidden, C]`.
+    /// What is between up and down.
+    pub activation: Activation,
+    /// Up, `[hidden, C]`, or `[2 hidden, C]` for SwiGLU.
     pub up: Tensor,
-    /// Its bias, `[hidden]`.
+    /// Its bias, `[hidden]` or `[2 hidden]`.
     pub up_bias: Option<Tensor>,
     /// Down, `[C, hidden]`.
     pub down: Tensor,
@@ -28,17 +51,27 @@ pub struct Mlp {
     pub down_bias: Option<Tensor>,
 }
 
-/// `residual + dropout(GELU(x up^T) down^T)` for `x` and `residual` `[.., C]`; returns `[.., C]`.
+/// `residual + dropout(activation(x up^T) down^T)` for `x` and `residual` `[.., C]`; returns `[.., C]`.
 pub fn mlp(x: &Tensor, mlp: &Mlp, residual: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+    on_gpu!(x, super::cuda::mlp(x, mlp, residual, dropout));
     by_dtype!("mlp", "x", x, typed(x, mlp, residual, dropout))
 }
 
+impl Mlp {
+    /// Checks the shapes for `x` of this width; returns the rows of up and the columns of down.
+    pub(super) fn check(&self, width: usize) -> Result<(usize, usize)> {
+        let up_rows = check_weight(OP, "up", &self.up, self.up_bias.as_ref(), width)?;
+        let hidden = up_rows / self.activation.rows();
+        check_shape(OP, "up", &self.up, &[hidden * self.activation.rows(), width])?;
+        check_shape(OP, "down", &self.down, &[width, hidden])?;
+        check_weight(OP, "down", &self.down, self.down_bias.as_ref(), hidden)?;
+        Ok((up_rows, hidden))
+    }
+}
+
 fn typed<T: Real>(x: &Tensor, mlp: &Mlp, residual: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
-    const OP: &str = "mlp";
     let (n, width) = rows_and_width(OP, "x", x)?;
-    let hidden = check_weight(OP, "up", &mlp.up, mlp.up_bias.as_ref(), width)?;
-    check_shape(OP, "down", &mlp.down, &[width, hidden])?;
-    check_weight(OP, "down", &mlp.down, mlp.down_bias.as_ref(), hidden)?;
+    let (up_rows, hidden) = mlp.check(width)?;
     check_shape(OP, "residual", residual, x.dims())?;
     let (x, residual, mlp) = (x.contiguous()?, residual.contiguous()?, mlp.clone());
     let inputs =
@@ -46,12 +79,15 @@ fn typed<T: Real>(x: &Tensor, mlp: &Mlp, residual: &Tensor, dropout: Option<Drop
     let tape = Tape::new(OP, &inputs.into_iter().flatten().collect::<Vec<_>>())?;
     let mut up_nh = affine::<T>(OP, &Elements::of(OP, "x", &x)?, n, &mlp.up, mlp.up_bias.as_ref())?;
     let mut y;
-    if tape.tracked() {
-        // The backward pass needs the GELU's input; its output is cheaper to take again than to keep.
-        y = affine(OP, &gelu(&up_nh, hidden), n, &mlp.down, mlp.down_bias.as_ref())?;
+    if tape.tracked() || mlp.activation == Activation::Swiglu {
+        // The backward pass needs the activation's input; its output is cheaper to take again than to keep.
+        y = affine(OP, &activate(mlp.activation, &up_nh, hidden), n, &mlp.down, mlp.down_bias.as_ref())?;
     } else {
         rows::update(&mut up_nh, hidden, |_, x| gelu_in_place(x));
         y = affine(OP, &std::mem::take(&mut up_nh), n, &mlp.down, mlp.down_bias.as_ref())?;
+    }
+    if !tape.tracked() {
+        up_nh = Vec::new();
     }
     add_residual(&mut y, &Elements::of(OP, "residual", &residual)?, width, dropout)?;
     let shape = x.shape().clone();
@@ -61,7 +97,10 @@ fn typed<T: Real>(x: &Tensor, mlp: &Mlp, residual: &Tensor, dropout: Option<Drop
         let dz_nc: &[T] = dropped.as_deref().unwrap_or(&dy_nc);
         let dz = Matrix::new(dz_nc, n, width);
         let d_act = product(dz, Matrix::new(&Elements::of(OP, "down", &mlp.down)?, width, hidden));
-        let (act_nh, d_up_nh) = gelu_backward(&up_nh, d_act, hidden);
+        let (act_nh, d_up_nh) = match mlp.activation {
+            Activation::Gelu => gelu_backward(&up_nh, d_act, hidden),
+            Activation::Swiglu => swiglu_backward(&up_nh, d_act, hidden),
+        };
         let d_down = product(dz.t(), Matrix::new(&act_nh, n, hidden));
         drop(act_nh);
         let (dx, d_up, d_up_bias) =
@@ -73,7 +112,7 @@ fn typed<T: Real>(x: &Tensor, mlp: &Mlp, residual: &Tensor, dropout: Option<Drop
             Tensor::from_vec(d_down, mlp.down.dims(), x.device())?,
         ];
         if let Some(bias) = d_up_bias {
-            grads.push(Tensor::from_vec(bias, hidden, x.device())?);
+            grads.push(Tensor::from_vec(bias, up_rows, x.device())?);
         }
         if mlp.down_bias.is_some() {
             grads.push(Tensor::from_vec(rows::column_sums(dz_nc, width), width, x.device())?);
@@ -82,9 +121,28 @@ fn typed<T: Real>(x: &Tensor, mlp: &Mlp, residual: &Tensor, dropout: Option<Drop
     })
 }
 
-fn gelu<T: Real>(x: &[T], width: usize) -> Vec<T> {
-    // SAFETY: `gelu_rows` writes every element, `x` being as long as the result.
-    unsafe { rows::fresh(x.len() / width, width, |first, out| gelu_rows(&x[first * width..], out)) }
+fn activate<T: Real>(activation: Activation, up: &[T], width: usize) -> Vec<T> {
+    let n = up.len() / (activation.rows() * width);
+    // SAFETY: the functions write every element, `up` being as long as the result, or twice as long.
+    unsafe {
+        match activation {
+            Activation::Gelu => rows::fresh(n, width, |first, out| gelu_rows(&up[first * width..], out)),
+            Activation::Swiglu => rows::fresh(n, width, |first, out| swiglu_rows(&up[2 * first * width..], width, out)),
+        }
+    }
+}
+
+/// `SiLU(g) u`, and the gradient of `[g, u]`; `dy` is used up.
+fn swiglu_backward<T: Real>(up: &[T], mut dy: Vec<T>, width: usize) -> (Vec<T>, Vec<T>) {
+    // SAFETY: `swiglu_gradient_rows` writes every element, `up` being as long as the result and `dy` half as long.
+    let d_up = unsafe {
+        rows::fresh(dy.len() / width, 2 * width, |first, out| {
+            swiglu_gradient_rows(&up[2 * first * width..], &dy[first * width..], width, out)
+        })
+    };
+    // The activations take the place of their gradient.
+    rows::update(&mut dy, width, |first, act| swiglu_rows_over(&up[2 * first * width..], width, act));
+    (dy, d_up)
 }
 
 /// `(GELU(x), dy GELU'(x))`; the latter takes the place of `dy`.
@@ -116,6 +174,42 @@ vectorised! {
             let (gelu, slope) = x.gelu_and_slope();
             out.write(gelu);
             *dy *= slope;
+        }
+    }
+}
+
+vectorised! {
+    fn swiglu_rows<T: Real>(up: &[T], width: usize, out: &mut [MaybeUninit<T>]) {
+        for (up, out) in up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
+            let (gate, up) = up.split_at(width);
+            for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+                out.write(gate * gate.sigmoid() * up);
+            }
+        }
+    }
+}
+
+vectorised! {
+    fn swiglu_rows_over<T: Real>(up: &[T], width: usize, out: &mut [T]) {
+        for (up, out) in up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
+            let (gate, up) = up.split_at(width);
+            for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+                *out = gate * gate.sigmoid() * up;
+            }
+        }
+    }
+}
+
+vectorised! {
+    /// With `s` the sigmoid of the gate `g`: `dg = dy u s (1 + g (1 - s))`, `du = dy g s`.
+    fn swiglu_gradient_rows<T: Real>(up: &[T], dy: &[T], width: usize, out: &mut [MaybeUninit<T>]) {
+        for ((up, dy), out) in up.chunks_exact(2 * width).zip(dy.chunks_exact(width)).zip(out.chunks_exact_mut(2 * width)) {
+            let ((gate, up), (d_gate, d_up)) = (up.split_at(width), out.split_at_mut(width));
+            for i in 0..width {
+                let s = gate[i].sigmoid();
+                d_gate[i].write(dy[i] * up[i] * s * (T::one() + gate[i] * (T::one() - s)));
+                d_up[i].write(dy[i] * gate[i] * s);
+            }
         }
     }
 }

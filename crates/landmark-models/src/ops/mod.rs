@@ -1,4 +1,4 @@
-//! Fused operations on the CPU, in f32 and f64, each with its gradient.
+//! Fused operations, each with its gradient: on the CPU in f32 and f64; with the feature `cuda` also on NVIDIA GPUs, see `cuda`.
 //!
 //! Why not candle's own: its matrix product zeroes the result first, every elementwise operation is a pass over memory, and
 //! each step of a composition costs its gradient a pass over fresh zeros. Here a layer is a handful of operations, each one
@@ -7,14 +7,16 @@
 //! All reductions have an order that the shapes alone fix, so results are the same bits from run to run on one machine.
 
 mod cross_entropy;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod dropout;
 mod elements;
 mod embedding;
 mod heads;
-mod layer_norm;
 mod linear;
 mod math;
 mod mlp;
+mod norm;
 mod product;
 mod record;
 mod rows;
@@ -24,9 +26,9 @@ pub use cross_entropy::{IGNORE, TokenScore, cross_entropy, token_scores};
 pub use dropout::{Dropout, dropout};
 pub use embedding::embedding;
 pub use heads::{merge_heads, project_heads};
-pub use layer_norm::layer_norm;
 pub use linear::linear;
-pub use mlp::{Mlp, mlp};
+pub use mlp::{Activation, Mlp, mlp};
+pub use norm::{NormKind, norm};
 
 pub(crate) use dropout::mix64;
 pub(crate) use elements::ids;
@@ -42,3 +44,14 @@ macro_rules! by_dtype {
     };
 }
 use by_dtype;
+
+/// Leaves the function with the GPU's version of the operation if the tensor is not on the CPU.
+macro_rules! on_gpu {
+    ($tensor:expr, $call:expr) => {
+        #[cfg(feature = "cuda")]
+        if $tensor.device().is_cuda() {
+            return $call;
+        }
+    };
+}
+use on_gpu;

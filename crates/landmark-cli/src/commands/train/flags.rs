@@ -87,6 +87,28 @@ pub enum PositionalEncoder {
     RotaryMemJump,
 }
 
+/// `--norm`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Norm {
+    /// LayerNorm
+    #[value(name = "layer")]
+    Layer,
+    /// RMSNorm
+    #[value(name = "rms")]
+    Rms,
+}
+
+/// `--mlp`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MlpKind {
+    /// GELU, four times as wide as the model
+    #[value(name = "gelu")]
+    Gelu,
+    /// SwiGLU, 8/3 as wide in multiples of 64
+    #[value(name = "swiglu")]
+    Swiglu,
+}
+
 /// `--landmarks`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Landmarks {
@@ -253,6 +275,15 @@ pub struct Flags {
     /// Whether linear layers and LayerNorm have biases: True or False
     #[arg(long, value_parser = truth, default_value = "False", action = clap::ArgAction::Set, help_heading = "Model")]
     pub bias: bool,
+    /// How the residual stream is normalised
+    #[arg(long, value_enum, default_value_t = Norm::Layer, help_heading = "Model")]
+    pub norm: Norm,
+    /// The feed-forward half of a layer
+    #[arg(long, value_enum, default_value_t = MlpKind::Gelu, help_heading = "Model")]
+    pub mlp: MlpKind,
+    /// Normalise queries and keys head by head (RMSNorm) before they are rotated: True or False
+    #[arg(long, value_parser = truth, default_value = "False", action = clap::ArgAction::Set, help_heading = "Model")]
+    pub qk_norm: bool,
     /// The softmax of attention
     #[arg(long, value_enum, default_value_t = SoftmaxFunc::MemOpt, help_heading = "Model")]
     pub softmax_func: SoftmaxFunc,

@@ -64,6 +64,9 @@ fn settings(flags: &Flags) -> Vec<(&'static str, String)> {
         ("total_sequence_length", none_or(flags.total_sequence_length)),
         ("grad_clip", none_or(flags.grad_clip.map(float))),
         ("landmarks", text(flags.landmarks)),
+        ("norm", text(flags.norm)),
+        ("mlp", text(flags.mlp)),
+        ("qk_norm", truth(flags.qk_norm).into()),
     ];
     settings.map(|(key, value)| (key, sane(&value))).into()
 }
