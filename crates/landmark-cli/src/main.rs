@@ -3,6 +3,7 @@
 mod args;
 mod commands;
 mod curves;
+mod device;
 mod files;
 mod interrupt;
 mod machine;

@@ -45,6 +45,8 @@
 
 mod adafactor;
 pub mod checkpoint;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod data;
 mod error;
 mod experiment;

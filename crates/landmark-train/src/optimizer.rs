@@ -56,6 +56,9 @@ pub struct Optimizer {
     weight_decay: f64,
     clip: Option<f64>,
     step: usize,
+    /// On a GPU: its own step over all parameters.
+    #[cfg(feature = "cuda")]
+    gpu: Option<crate::cuda::Pieces>,
 }
 
 /// The gradients of one step: those of its micro-steps, added up. The reference does not divide by their number.
@@ -70,13 +73,33 @@ impl Optimizer {
         clip: Option<f64>,
     ) -> Result<Self> {
         let slot = |(name, var): (&String, &Var)| -> Result<Slot> {
-            let zeros = |shape: &[usize]| Buffer::zeros(var.dtype(), shape.iter().product());
+            let zeros = |shape: &[usize]| Buffer::zeros(var.device(), var.dtype(), shape.iter().product());
             let states = method.states(var.dims());
             let state = states.iter().map(|(_, shape)| zeros(shape)).collect::<candle_core::Result<_>>()?;
             Ok(Slot { name: name.clone(), var: var.clone(), decayed: decays(name, var), state })
         };
-        let slots = parameters.iter().map(slot).collect::<Result<_>>()?;
-        Ok(Self { slots, method, weight_decay, clip, step: 0 })
+        let on_gpu = parameters.values().any(|var| !var.device().is_cpu());
+        if on_gpu && !matches!(method, Method::AdamW { .. }) {
+            return Err(Error::setting("opt", "on a GPU only adamw is available"));
+        }
+        let slots = parameters.iter().map(slot).collect::<Result<Vec<_>>>()?;
+        #[cfg(feature = "cuda")]
+        let gpu = match slots.first() {
+            Some(slot) if on_gpu => {
+                let sizes: Vec<usize> = slots.iter().map(|slot| slot.var.elem_count()).collect();
+                Some(crate::cuda::Pieces::new(slot.var.device().as_cuda_device()?, &sizes)?)
+            }
+            _ => None,
+        };
+        Ok(Self {
+            slots,
+            method,
+            weight_decay,
+            clip,
+            step: 0,
+            #[cfg(feature = "cuda")]
+            gpu,
+        })
     }
 
     /// No gradients yet.
@@ -86,6 +109,22 @@ impl Optimizer {
 
     /// Adds the gradients of one micro-step, taking them out of `store`.
     pub fn accumulate(&self, gradients: &mut Gradients, store: &mut GradStore) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = &self.gpu {
+            let new =
+                self.slots.iter().map(|slot| store.remove(&slot.var).map(|gradient| gradient.contiguous()).transpose());
+            let new = new.collect::<candle_core::Result<Vec<_>>>()?;
+            let pairs: Vec<_> = gradients.0.iter().zip(&new).map(|(sum, new)| sum.as_ref().zip(new.as_ref())).collect();
+            if pairs.iter().any(Option::is_some) {
+                gpu.add(&pairs)?;
+            }
+            for (sum, new) in gradients.0.iter_mut().zip(new) {
+                if sum.is_none() {
+                    *sum = new;
+                }
+            }
+            return Ok(());
+        }
         for (slot, sum) in self.slots.iter().zip(&mut gradients.0) {
             let Some(gradient) = store.remove(&slot.var) else { continue };
             let gradient = gradient.contiguous()?;
@@ -100,6 +139,10 @@ impl Optimizer {
     /// One step at learning rate `rate`. A parameter without a gradient stays as it is. Returns the norm of the gradients
     /// before clipping, if they are clipped.
     pub fn step(&mut self, gradients: &Gradients, rate: f64) -> Result<Option<f64>> {
+        #[cfg(feature = "cuda")]
+        if self.gpu.is_some() {
+            return self.gpu_step(gradients, rate);
+        }
         let (norm, scale) = match self.clip {
             None => (None, 1.),
             Some(limit) => {
@@ -132,15 +175,42 @@ impl Optimizer {
         Ok(norm)
     }
 
+    #[cfg(feature = "cuda")]
+    fn gpu_step(&mut self, gradients: &Gradients, rate: f64) -> Result<Option<f64>> {
+        let (Some(gpu), Method::AdamW { beta1, beta2 }) = (&self.gpu, self.method) else {
+            unreachable!("refused by new");
+        };
+        self.step += 1;
+        let steps = self.step as i32;
+        let step = crate::cuda::Step {
+            beta2: beta2 as f32,
+            one_less_beta1: (1. - beta1) as f32,
+            one_less_beta2: (1. - beta2) as f32,
+            step_size: (rate / (1. - beta1.powi(steps))) as f32,
+            root: (1. - beta2.powi(steps)).sqrt() as f32,
+            eps: crate::update::EPS as f32,
+        };
+        let operands = self.slots.iter().zip(&gradients.0).map(|(slot, gradient)| {
+            let [Buffer::Gpu(first), Buffer::Gpu(second)] = slot.state.as_slice() else {
+                unreachable!("AdamW on a GPU has two moments there");
+            };
+            let decay = if slot.decayed { self.weight_decay } else { 0. };
+            let (var, gradient) = (&slot.var, gradient.as_ref());
+            crate::cuda::Operands { var, gradient, moments: [first, second], keep: 1. - rate * decay }
+        });
+        Ok(gpu.adamw(&operands.collect::<Vec<_>>(), &step, self.clip)?)
+    }
+
     /// Writes the state of every parameter, by name, into a safetensors file.
     pub fn save(&self, path: &Path) -> Result<()> {
         let entries = self.entries();
-        let views = entries.iter().map(|(name, shape, state)| {
+        let bytes = entries.iter().map(|(_, _, state)| state.bytes()).collect::<candle_core::Result<Vec<_>>>()?;
+        let views = entries.iter().zip(&bytes).map(|((name, shape, state), bytes)| {
             let dtype = match state {
-                Buffer::F32(_) => Dtype::F32,
+                Buffer::F32(_) | Buffer::Gpu(_) => Dtype::F32,
                 Buffer::F64(_) => Dtype::F64,
             };
-            Ok((name, TensorView::new(dtype, shape.clone(), state.bytes())?))
+            Ok((name, TensorView::new(dtype, shape.clone(), bytes)?))
         });
         let views = views.collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>();
         let metadata = [("step".to_string(), self.step.to_string())].into();
@@ -160,11 +230,9 @@ impl Optimizer {
             for (state, (kind, shape)) in slot.state.iter_mut().zip(states) {
                 let name = format!("{}.{kind}", slot.name);
                 let view = tensors.tensor(&name).map_err(|error| Error::format(path, error))?;
-                let to = state.bytes_mut();
-                if view.data().len() != to.len() || view.shape() != shape {
+                if view.shape() != shape || !state.set_bytes(view.data())? {
                     return Err(Error::format(path, format!("{name} does not have the shape and type of its weight")));
                 }
-                to.copy_from_slice(view.data());
             }
         }
         self.step = step.ok_or_else(|| Error::format(path, "the number of steps is missing from its metadata"))?;

@@ -39,13 +39,13 @@ impl Process {
         let config = model.config();
         let length = batch.sequence_length;
         let &Self::TransformerXl { mem_cache_size, .. } = self else {
-            let window = Window::new(model, batch, 0, length)?;
+            let window = Window::new(batch, 0, length)?;
             let mut attention = WindowAttention::new(config, &window.ids, seed)?;
             return each(&model.hidden(&window.ids, &mut attention, seed)?, &window.targets);
         };
         let mut cache = XlCache::new(config.n_layer, mem_cache_size, config.rope());
         for (index, from) in (0..length).step_by(config.sequence_length).enumerate() {
-            let window = Window::new(model, batch, from, length.min(from + config.sequence_length))?;
+            let window = Window::new(batch, from, length.min(from + config.sequence_length))?;
             let seed = seed.map(|seed| mix(seed, index as u64));
             let weights = config.dropout as f32;
             cache.set_dropout(seed.filter(|_| weights > 0.).map(|seed| Dropout { weights, groups: 0., seed }));
@@ -58,7 +58,7 @@ impl Process {
     }
 }
 
-/// Columns of a batch.
+/// Columns of a batch, on the CPU, where ids are checked.
 struct Window {
     ids: Tensor,
     targets: Tensor,
@@ -66,14 +66,13 @@ struct Window {
 }
 
 impl Window {
-    fn new(model: &Gpt, batch: &Batch, from: usize, to: usize) -> Result<Self> {
-        let device = model.parameters().values().next().map_or(&Device::Cpu, |var| var.device());
+    fn new(batch: &Batch, from: usize, to: usize) -> Result<Self> {
         let columns = |ids: &[u32]| -> Vec<u32> {
             ids.chunks(batch.sequence_length).flat_map(|row| &row[from..to]).copied().collect()
         };
         let (ids, targets) = (columns(&batch.inputs), columns(&batch.targets));
         let has_targets = targets.iter().any(|&target| target != IGNORE);
-        let tensor = |ids: Vec<u32>| Tensor::from_vec(ids, (batch.rows, to - from), device);
+        let tensor = |ids: Vec<u32>| Tensor::from_vec(ids, (batch.rows, to - from), &Device::Cpu);
         Ok(Self { ids: tensor(ids)?, targets: tensor(targets)?, has_targets })
     }
 }

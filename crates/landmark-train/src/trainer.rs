@@ -61,25 +61,27 @@ impl Trainer {
     /// One step on the sum of the gradients of these batches.
     pub fn step(&mut self, batches: impl IntoIterator<Item = Batch>) -> Result<Step> {
         let mut gradients = self.optimizer.gradients();
-        let (mut loss, mut windows, mut tokens) = (0., 0, 0);
+        // Read at the end: reading waits for the device.
+        let mut losses = Vec::new();
+        let mut tokens = 0;
         for (micro, batch) in batches.into_iter().enumerate() {
             // Seeds all that is random in training.
             let seed = mix(mix(self.seed, self.iteration as u64), micro as u64);
             self.process.read(&self.model, &batch, Some(seed), |hidden, targets| {
                 let window_loss = self.model.loss(hidden, targets, None)?;
-                loss += scalar(&window_loss)?;
-                windows += 1;
-                self.optimizer.accumulate(&mut gradients, &mut window_loss.backward()?)
+                self.optimizer.accumulate(&mut gradients, &mut window_loss.backward()?)?;
+                losses.push(window_loss.detach());
+                Ok(())
             })?;
             tokens += batch.inputs.len();
-        }
-        let loss = loss / windows as f64;
-        if !loss.is_finite() {
-            return Err(Error::Diverged { iteration: self.iteration + 1, loss });
         }
         let lr = self.schedule.rate(self.iteration);
         let grad_norm = self.optimizer.step(&gradients, lr)?;
         self.iteration += 1;
+        let loss = losses.iter().map(scalar).sum::<Result<f64>>()? / losses.len() as f64;
+        if !loss.is_finite() {
+            return Err(Error::Diverged { iteration: self.iteration, loss });
+        }
         Ok(Step { loss, lr, grad_norm, tokens })
     }
 

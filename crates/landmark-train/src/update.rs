@@ -3,43 +3,68 @@
 //! The loops are plain; [`pulp`] compiles them for each instruction set and picks one at run time, and every element is
 //! computed alone, so that neither the machine nor the number of threads changes a result.
 
-use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor, bail};
+use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Result, Tensor, bail};
 use num_traits::Float;
 use pulp::Arch;
 use rayon::prelude::*;
+use std::borrow::Cow;
 use std::cell::RefCell;
 
 /// Elements that one thread takes at a time. Sums are made per chunk and then in order: they do not depend on threads.
 const CHUNK: usize = 1 << 14;
 
-/// Optimizer state of one parameter, of the parameter's type.
-#[derive(Clone, Debug, PartialEq)]
+/// Optimizer state of one parameter, of the parameter's type and where it is.
+#[derive(Clone, Debug)]
 pub(crate) enum Buffer {
     F32(Vec<f32>),
     F64(Vec<f64>),
+    /// f32.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    Gpu(Tensor),
 }
 
 impl Buffer {
-    pub(crate) fn zeros(dtype: DType, len: usize) -> Result<Self> {
-        match dtype {
-            DType::F32 => Ok(Self::F32(vec![0.; len])),
-            DType::F64 => Ok(Self::F64(vec![0.; len])),
-            other => bail!("parameters of type {other:?} cannot be trained on the CPU, only f32 and f64"),
+    pub(crate) fn zeros(device: &Device, dtype: DType, len: usize) -> Result<Self> {
+        match (device, dtype) {
+            (Device::Cpu, DType::F32) => Ok(Self::F32(vec![0.; len])),
+            (Device::Cpu, DType::F64) => Ok(Self::F64(vec![0.; len])),
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(_), DType::F32) => Ok(Self::Gpu(Tensor::zeros(len, dtype, device)?)),
+            (_, other) => {
+                bail!(
+                    "parameters of type {other:?} on {:?} cannot be trained, only f32, and f64 on the CPU",
+                    device.location()
+                )
+            }
         }
     }
 
-    pub(crate) fn bytes(&self) -> &[u8] {
-        match self {
-            Self::F32(data) => bytemuck::cast_slice(data),
-            Self::F64(data) => bytemuck::cast_slice(data),
-        }
+    pub(crate) fn bytes(&self) -> Result<Cow<'_, [u8]>> {
+        Ok(match self {
+            Self::F32(data) => bytemuck::cast_slice(data).into(),
+            Self::F64(data) => bytemuck::cast_slice(data).into(),
+            Self::Gpu(tensor) => bytemuck::cast_slice(&tensor.to_vec1::<f32>()?).to_vec().into(),
+        })
     }
 
-    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
-        match self {
+    /// Takes over what [`Buffer::bytes`] gave; `false` if it is not as long.
+    pub(crate) fn set_bytes(&mut self, bytes: &[u8]) -> Result<bool> {
+        let to: &mut [u8] = match self {
             Self::F32(data) => bytemuck::cast_slice_mut(data),
             Self::F64(data) => bytemuck::cast_slice_mut(data),
+            Self::Gpu(tensor) => {
+                let fits = bytes.len() == tensor.elem_count() * size_of::<f32>();
+                if fits {
+                    *tensor = Tensor::from_raw_buffer(bytes, DType::F32, tensor.dims(), tensor.device())?;
+                }
+                return Ok(fits);
+            }
+        };
+        let fits = to.len() == bytes.len();
+        if fits {
+            to.copy_from_slice(bytes);
         }
+        Ok(fits)
     }
 }
 
@@ -88,7 +113,7 @@ pub(crate) struct AdamW<'a> {
 }
 
 /// Keeps the square root of the second moment off zero.
-const EPS: f64 = 1e-8;
+pub(crate) const EPS: f64 = 1e-8;
 
 impl InplaceOp2 for AdamW<'_> {
     fn name(&self) -> &'static str {

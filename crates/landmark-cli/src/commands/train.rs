@@ -64,7 +64,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let Args { flags } = args;
     refused::check(&flags)?;
     let time = time_limit(&flags)?;
-    let device = flags.device.open()?;
+    let device = flags.device.open_cpu("training")?;
     let experiment = experiment_folder(&flags)?;
     if landmark_train::is_finished(&experiment) {
         println!("Already found experiment {}: it is finished.", experiment.display());
@@ -268,9 +268,7 @@ fn settings(flags: &Flags, vocabulary: &Vocabulary) -> Settings {
 /// What a user should know before the first step.
 fn notes(flags: &Flags, plan: &Plan) -> Vec<String> {
     let mut notes = vec![format!("experiment {}", plan.experiment.display())];
-    if flags.device == crate::args::DeviceChoice::Auto {
-        notes.push("--device auto: the CPU (this build has no CUDA)".into());
-    }
+    notes.extend(flags.device.note(&plan.device));
     if flags.dtype != Dtype::Float32 {
         notes.push(format!(
             "--dtype {}: on the CPU training runs in float32, as the reference's does",

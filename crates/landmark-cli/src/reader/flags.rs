@@ -1,6 +1,7 @@
 //! The flags of commands that read with a model, and what they come to for a given model.
 
-use crate::args::{DeviceChoice, NoneOr, none_or};
+use crate::args::{NoneOr, none_or};
+use crate::device::DeviceChoice;
 use anyhow::bail;
 use clap::{Args, ValueEnum};
 use landmark_memory::Selection;

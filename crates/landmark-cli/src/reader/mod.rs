@@ -3,7 +3,7 @@
 mod flags;
 mod memory;
 
-use crate::args::DeviceChoice;
+use crate::device::DeviceChoice;
 use crate::sampling::Sampler;
 use anyhow::{Context, bail};
 use candle_core::{DType, Device, Tensor};
@@ -182,7 +182,7 @@ impl Reader {
 
 /// The model in a folder, for reading.
 pub fn load(folder: &Path, device: DeviceChoice) -> anyhow::Result<Gpt> {
-    let loaded = Gpt::load(folder, &device.open()?);
+    let loaded = Gpt::load(folder, &device.open_cpu("a model that reads")?);
     Ok(loaded.with_context(|| format!("--checkpoint {}", folder.display()))?.detached())
 }
 

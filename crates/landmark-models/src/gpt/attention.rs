@@ -114,7 +114,14 @@ impl Attend for WindowAttention {
         let scale = params.scale.unwrap_or(1. / (dim as f64).sqrt());
         let score = (q.matmul(&miss_key.t()?)? * scale)?;
         let k = self.rotation.apply(&rest(k)?)?;
-        let out = reference::landmark_attention_with_context_miss(&q, &k, &v, &params, &score, &miss.controlled)?;
+        let out = reference::landmark_attention_with_context_miss(
+            &q,
+            &k,
+            &v,
+            &params,
+            &score,
+            &miss.controlled.to_device(q.device())?,
+        )?;
         Tensor::cat(&[&Tensor::zeros((batch, heads, 1, dim), out.dtype(), out.device())?, &out], 2)
     }
 }

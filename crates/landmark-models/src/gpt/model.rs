@@ -49,14 +49,14 @@ struct Layer {
 
 impl Gpt {
     /// A new model: weights N(0, 0.02), those that write to the residual stream N(0, 0.02 / sqrt(2 n_layer)), norms 1, biases 0; a
-    /// function of the configuration and the seed. `dtype` is f32 or f64, `device` the CPU.
+    /// function of the configuration and the seed. `dtype` is f32, or f64 on the CPU.
     pub fn init(config: &GptConfig, seed: u64, dtype: DType, device: &Device) -> Result<Self> {
         const OP: &str = "Gpt::init";
         config.validate()?;
         if !matches!(dtype, DType::F32 | DType::F64) {
             return Err(Error::DType { op: OP, tensor: "dtype", got: dtype, expected: "f32 or f64".into() });
         }
-        if !device.is_cpu() {
+        if !device.is_cpu() && !cfg!(feature = "cuda") {
             return Err(Error::Device { op: OP, tensor: "device", got: format!("{:?}", device.location()) });
         }
         Ok(Self::assemble(config.clone(), parameters::init(config, seed, dtype, device)?, true))
@@ -71,7 +71,7 @@ impl Gpt {
     /// The same model, with the same parameters in memory, that leaves no graph for a gradient: for evaluation. It sees every later
     /// change of the parameters.
     pub fn detached(&self) -> Self {
-        Self::assemble(self.config.clone(), self.parameters.clone(), false)
+        Self { activations: self.activations, ..Self::assemble(self.config.clone(), self.parameters.clone(), false) }
     }
 
     fn assemble(config: GptConfig, parameters: BTreeMap<String, Var>, tracked: bool) -> Self {
@@ -127,12 +127,29 @@ impl Gpt {
         &self.parameters
     }
 
+    /// The same model whose activations are of this type: that of the parameters, or on a GPU bf16, the reference's autocast. The
+    /// residual stream keeps the parameters' type.
+    pub fn with_activations(mut self, dtype: DType) -> Result<Self> {
+        let bf16_on_gpu = dtype == DType::BF16 && self.wte.device().is_cuda() && self.dtype() == DType::F32;
+        if dtype != self.dtype() && !bf16_on_gpu {
+            let expected = format!("{:?}, or bf16 on a GPU", self.dtype());
+            return Err(Error::DType { op: "Gpt::with_activations", tensor: "dtype", got: dtype, expected });
+        }
+        self.activations = dtype;
+        Ok(self)
+    }
+
+    /// Where the parameters are.
+    pub fn device(&self) -> &Device {
+        self.wte.device()
+    }
+
     /// The element type of the parameters.
     pub fn dtype(&self) -> DType {
         self.wte.dtype()
     }
 
-    /// The hidden states `[B, T, C]`, after the last normalisation, of `ids` `[B, T]` (u32). `dropout` is the seed of a training step's
+    /// The hidden states `[B, T, C]`, after the last normalisation, of `ids` `[B, T]` (u32, best on the CPU, where they are checked). `dropout` is the seed of a training step's
     /// dropout; without one nothing is dropped.
     ///
     /// With a context-miss token, `attention` is given 1 + T rows, of which row 0 is the token: its output there is to be
@@ -162,7 +179,7 @@ impl Gpt {
             if let Some([q_norm, k_norm]) = &layer.qk_norm {
                 (q, k) = (q_norm.apply(&q, self.activations)?, k_norm.apply(&k, self.activations)?);
             }
-            let o = attention.attend(index, &q, &k, &v)?;
+            let o = attention.attend(index, &q, &k, &v)?.to_dtype(self.activations)?;
             let (w, b) = &layer.c_proj;
             x = ops::merge_heads(&o, w, b.as_ref(), &x, drop(2 * index + 1))?;
             x = ops::mlp(&layer.ln_2.apply(&x, self.activations)?, &layer.mlp, &x, drop(2 * index + 2))?;

@@ -73,7 +73,7 @@ pub(super) fn init(config: &GptConfig, seed: u64, dtype: DType, device: &Device)
             Start::Normal { std } => {
                 let normal = Normal::new(0., std).expect("a finite deviation");
                 let values: Vec<f64> = (0..shape.iter().product()).map(|_| normal.sample(&mut rng)).collect();
-                Tensor::from_vec(values, shape, device)?.to_dtype(dtype)?
+                Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?
             }
             Start::Ones => Tensor::ones(shape, dtype, device)?,
             Start::Zeros => Tensor::zeros(shape, dtype, device)?,
@@ -86,7 +86,7 @@ pub(super) fn init(config: &GptConfig, seed: u64, dtype: DType, device: &Device)
 /// Parameters from tensors: exactly the names and shapes of the specification, all of one element type.
 pub(super) fn from_tensors(config: &GptConfig, mut tensors: HashMap<String, Tensor>) -> Result<BTreeMap<String, Var>> {
     let mut parameters = BTreeMap::new();
-    let mut dtype = None;
+    let (mut dtype, mut device) = (None, None::<Device>);
     for (name, (shape, _)) in specification(config) {
         let Some(tensor) = tensors.remove(&name) else {
             return Err(Error::MissingTensor { name });
@@ -100,9 +100,12 @@ pub(super) fn from_tensors(config: &GptConfig, mut tensors: HashMap<String, Tens
             let expected = "f32 or f64, the same for all".to_string();
             return Err(Error::WrongTensor { name, got: format!("{:?}", tensor.dtype()), expected });
         }
-        if !tensor.device().is_cpu() {
-            let got = format!("on {:?}", tensor.device().location());
-            return Err(Error::WrongTensor { name, got, expected: "on the CPU".into() });
+        let got = tensor.device();
+        let device = device.get_or_insert_with(|| got.clone());
+        if !got.same_device(device) {
+            let (got, expected) =
+                (format!("on {:?}", got.location()), format!("on {:?}, as the others", device.location()));
+            return Err(Error::WrongTensor { name, got, expected });
         }
         // A copy: the parameter must not share its storage with a tensor that the caller keeps.
         parameters.insert(name, Var::from_tensor(&tensor.force_contiguous()?.detach())?);

@@ -14,7 +14,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Shape, Tensor, WithDType};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, DType, Layout, Shape, Storage, Tensor, WithDType};
 
 use crate::Result;
 
@@ -23,13 +23,18 @@ type Backward = Box<dyn Fn(Vec<Option<Tensor>>) -> Result<Vec<Tensor>> + Send + 
 
 /// A result of a recorded function: its elements and its shape.
 pub(crate) struct Output {
-    storage: CpuStorage,
+    storage: Storage,
     shape: Shape,
 }
 
 impl Output {
     pub fn new<T: WithDType>(elements: Vec<T>, shape: impl Into<Shape>) -> Self {
-        Self { storage: T::to_cpu_storage_owned(elements), shape: shape.into() }
+        Self { storage: Storage::Cpu(T::to_cpu_storage_owned(elements)), shape: shape.into() }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub fn on_gpu(storage: CudaStorage, shape: impl Into<Shape>) -> Self {
+        Self { storage: Storage::Cuda(storage), shape: shape.into() }
     }
 }
 
@@ -43,7 +48,7 @@ pub(crate) struct Tape {
 impl Tape {
     pub fn new(name: &'static str, inputs: &[&Tensor]) -> Result<Self> {
         let input_grads: Slots = Arc::new(Mutex::new(vec![None; inputs.len()]));
-        let mut token = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+        let mut token = Tensor::zeros((), DType::F32, inputs[0].device())?;
         for (index, input) in inputs.iter().enumerate() {
             token = token.apply_op2(input, Tie { name, index, grads: input_grads.clone() })?;
         }
@@ -106,6 +111,16 @@ fn token() -> (CpuStorage, Shape) {
     (CpuStorage::F32(vec![0.]), Shape::from(()))
 }
 
+/// The same on a GPU.
+#[cfg(feature = "cuda")]
+fn gpu_token(beside: &CudaStorage) -> candle_core::Result<(CudaStorage, Shape)> {
+    use candle_core::backend::BackendStorage;
+    let device = beside.device();
+    // SAFETY: nobody reads the number.
+    let token = unsafe { device.alloc::<f32>(1)? };
+    Ok((CudaStorage::wrap_cuda_slice(token, device.clone()), Shape::from(())))
+}
+
 struct Tie {
     name: &'static str,
     index: usize,
@@ -125,6 +140,17 @@ impl CustomOp2 for Tie {
         _: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         Ok(token())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        token: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        gpu_token(token)
     }
 
     fn bwd(
@@ -156,6 +182,11 @@ impl CustomOp1 for Hub {
         Ok(token())
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, token: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        gpu_token(token)
+    }
+
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let output_grads = lock(&self.output_grads).iter_mut().map(Option::take).collect();
         let grads = (self.backward)(output_grads)?;
@@ -183,8 +214,16 @@ impl CustomOp1 for Out {
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         match lock(&self.output).take() {
-            Some(Output { storage, shape }) => Ok((storage, shape)),
-            None => candle_core::bail!("{}: the forward pass runs once", self.name),
+            Some(Output { storage: Storage::Cpu(storage), shape }) => Ok((storage, shape)),
+            _ => candle_core::bail!("{}: the forward pass runs once, where its result is", self.name),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        match lock(&self.output).take() {
+            Some(Output { storage: Storage::Cuda(storage), shape }) => Ok((storage, shape)),
+            _ => candle_core::bail!("{}: the forward pass runs once, where its result is", self.name),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::report::{self, Machine, Row};
 use super::{memory, peer};
+use crate::device::DeviceChoice;
 use candle_core::{Device, Tensor, Var};
 use landmark_attention::{LandmarkParams, Landmarks, landmark_attention};
 use serde_json::json;
@@ -17,6 +18,9 @@ const TURN: f64 = 0.25;
 #[derive(clap::Args)]
 #[command(rename_all = "snake_case")]
 pub struct Args {
+    /// Where ours computes: cpu, cuda:N or auto
+    #[arg(long, default_value_t = DeviceChoice::Cpu)]
+    device: DeviceChoice,
     /// Lengths of the sequence
     #[arg(long, value_name = "T,T,..", value_delimiter = ',', default_value = "512,2048,8192")]
     lengths: Vec<NonZeroUsize>,
@@ -110,6 +114,8 @@ impl Call {
 
 /// Measures the operation.
 pub fn run(args: &Args) -> anyhow::Result<()> {
+    let device = args.device.open()?;
+    anyhow::ensure!(device.is_cpu(), "--device {}: only the CPU is measured yet", args.device);
     let mut peer = args.peer.start("torch", PEER, &[])?;
     let machine = Machine::measure()?;
     let mut rows = Vec::new();

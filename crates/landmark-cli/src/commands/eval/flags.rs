@@ -1,7 +1,8 @@
 //! The flags of `landmark eval`: those of the reference's `eval.py`, and ours.
 
 use super::grid::GridName;
-use crate::args::{DeviceChoice, NoneOr, none_or};
+use crate::args::{NoneOr, none_or};
+use crate::device::DeviceChoice;
 use crate::reader::CacheFlags;
 use clap::ValueEnum;
 use std::path::PathBuf;

@@ -1,6 +1,7 @@
 //! The flags of `landmark train`: those of the reference's `config/rotary.py` with its defaults, and ours.
 
-use crate::args::{DeviceChoice, NoneOr, none_or, truth};
+use crate::args::{NoneOr, none_or, truth};
+use crate::device::DeviceChoice;
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 

@@ -1,42 +1,124 @@
-//! The operations on NVIDIA GPUs.
+//! The operations on NVIDIA GPUs: f32, or bf16 with f32 parameters, which is the reference's `autocast`.
+//!
+//! With activations in bf16 the residual stream, the parameters and their gradients, every sum and the loss are f32; matrix products take
+//! bf16 and sum in f32; what they give, but for what goes onto the residual stream, is rounded to bf16, as are the logits. PyTorch's
+//! autocast differs in one place: it rounds to bf16 before it adds to the residual stream.
+//!
+//! - `gemm`: matrix products, by cuBLASLt;
+//! - `layers`: the operations of a layer and the embedding, `layers.cu` its kernels;
+//! - `loss`: the cross entropy, `loss.cu` its kernels;
+//! - this file: memory that kernels read and write.
 
-use candle_core::{DType, Tensor};
+mod gemm;
+mod layers;
+mod loss;
 
-use super::{Dropout, Mlp, NormKind, TokenScore};
+use std::ffi::{CStr, c_char, c_int};
+
+use candle_core::backend::BackendDevice;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
+use candle_core::cuda_backend::{CudaDevice, CudaStorageSlice, WrapErr};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaStorage, DType, Shape, Storage, Tensor};
+
+use super::record::Output;
 use crate::{Error, Result};
 
-fn refused<T>(op: &'static str, x: &Tensor) -> Result<T> {
-    Err(Error::Device { op, tensor: "x", got: format!("{:?}", x.device().location()) })
+pub use layers::{embedding, linear, merge_heads, mlp, norm, project_heads};
+pub use loss::{cross_entropy, token_scores};
+
+/// An address on a GPU.
+type Address = u64;
+
+/// Element types, as `common.cuh` numbers them.
+#[repr(i32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum ElementType {
+    F32 = 0,
+    Bf16 = 1,
 }
 
-pub fn norm(x: &Tensor, _: NormKind, _: &Tensor, _: Option<&Tensor>, _: DType) -> Result<Tensor> {
-    refused("norm", x)
+impl ElementType {
+    fn of(op: &'static str, tensor: &'static str, dtype: DType) -> Result<Self> {
+        match dtype {
+            DType::F32 => Ok(Self::F32),
+            DType::BF16 => Ok(Self::Bf16),
+            got => Err(Error::DType { op, tensor, got, expected: "f32 or bf16 on a GPU".into() }),
+        }
+    }
 }
 
-pub fn linear(x: &Tensor, _: &Tensor, _: Option<&Tensor>) -> Result<Tensor> {
-    refused("linear", x)
+/// The address of a contiguous tensor on a GPU.
+///
+/// Reads and writes through it are in the order of the device's one stream, on which the tensor's memory is freed as well: it is valid
+/// for every kernel that is launched while the tensor lives.
+fn address(op: &'static str, tensor: &'static str, x: &Tensor) -> Result<Address> {
+    let (storage, layout) = x.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else {
+        return Err(Error::Device { op, tensor, got: format!("{:?}", x.device().location()) });
+    };
+    let Some((start, _)) = layout.contiguous_offsets() else {
+        let got = format!("strided {:?}", layout.stride());
+        return Err(Error::Value { op, name: tensor, got, expected: "contiguous".into() });
+    };
+    Ok(storage_address(storage) + (start * x.dtype().size_in_bytes()) as u64)
 }
 
-pub fn project_heads(x: &Tensor, _: &Tensor, _: Option<&Tensor>, _: usize) -> Result<[Tensor; 3]> {
-    refused("project_heads", x)
+fn storage_address(storage: &CudaStorage) -> Address {
+    fn of<T>(slice: &CudaSlice<T>) -> Address {
+        slice.device_ptr(slice.stream()).0
+    }
+    match &storage.slice {
+        CudaStorageSlice::F32(x) => of(x),
+        CudaStorageSlice::BF16(x) => of(x),
+        CudaStorageSlice::U32(x) => of(x),
+        CudaStorageSlice::U8(x) => of(x),
+        _ => unreachable!("kernels take f32, bf16, u32 and u8"),
+    }
 }
 
-pub fn merge_heads(x: &Tensor, _: &Tensor, _: Option<&Tensor>, _: &Tensor, _: Option<Dropout>) -> Result<Tensor> {
-    refused("merge_heads", x)
+/// Memory that a kernel is about to write all of.
+struct Fresh {
+    storage: CudaStorage,
+    shape: Shape,
+    address: Address,
 }
 
-pub fn mlp(x: &Tensor, _: &Mlp, _: &Tensor, _: Option<Dropout>) -> Result<Tensor> {
-    refused("mlp", x)
+impl Fresh {
+    fn new(device: &CudaDevice, shape: impl Into<Shape>, dtype: DType) -> Result<Self> {
+        let shape = shape.into();
+        // SAFETY: the caller's kernel writes every element before anything reads it.
+        let storage = unsafe { device.alloc_uninit(&shape, dtype)? };
+        let address = storage_address(&storage);
+        Ok(Self { storage, shape, address })
+    }
+
+    fn tensor(self) -> Tensor {
+        Tensor::from_storage(Storage::Cuda(self.storage), self.shape, BackpropOp::none(), false)
+    }
+
+    fn output(self) -> Output {
+        Output::on_gpu(self.storage, self.shape)
+    }
 }
 
-pub fn embedding(w: &Tensor, _: &Tensor) -> Result<Tensor> {
-    refused("embedding", w)
+/// Calls `launch` with the device's stream, and turns its CUDA error into ours.
+fn run(op: &'static str, device: &CudaDevice, launch: impl FnOnce(*mut CudaStream_) -> c_int) -> Result<()> {
+    let stream = device.cuda_stream();
+    stream.context().bind_to_thread().w()?;
+    match launch(stream.cu_stream().cast()) {
+        0 => Ok(()),
+        code => {
+            // SAFETY: the function returns a static string for any code.
+            let reason = unsafe { CStr::from_ptr(landmark_layers_error(code)) };
+            Err(candle_core::Error::Msg(format!("{op}: CUDA error {code}: {}", reason.to_string_lossy())).into())
+        }
+    }
 }
 
-pub fn cross_entropy(x: &Tensor, _: &Tensor, _: &Tensor, _: Option<&Tensor>) -> Result<Tensor> {
-    refused("cross_entropy", x)
-}
+/// A stream, to the kernels.
+type CudaStream_ = std::ffi::c_void;
 
-pub fn token_scores(x: &Tensor, _: &Tensor, _: &Tensor) -> Result<Vec<Option<TokenScore>>> {
-    refused("token_scores", x)
+unsafe extern "C" {
+    fn landmark_layers_error(code: c_int) -> *const c_char;
 }

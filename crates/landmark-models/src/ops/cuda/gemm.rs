@@ -1,0 +1,199 @@
+//! Matrix products by cuBLASLt: row-major operands, sums in f32, and a matrix that the product is added to.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use candle_core::cuda_backend::CudaDevice;
+use candle_core::cuda_backend::cudarc::cublaslt::{result, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
+
+use super::{Address, ElementType};
+use crate::{Error, Result};
+
+/// A row-major matrix on the device, or its transpose.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Matrix {
+    pub address: Address,
+    pub rows: usize,
+    pub cols: usize,
+    pub dtype: ElementType,
+    transposed: bool,
+}
+
+impl Matrix {
+    pub fn new(address: Address, dtype: ElementType, rows: usize, cols: usize) -> Self {
+        Self { address, rows, cols, dtype, transposed: false }
+    }
+
+    /// The transpose; nothing moves.
+    pub fn t(self) -> Self {
+        Self { rows: self.cols, cols: self.rows, transposed: !self.transposed, ..self }
+    }
+
+    /// Elements from one row in memory to the next.
+    fn stride(&self) -> usize {
+        if self.transposed { self.rows } else { self.cols }
+    }
+}
+
+/// `out = a b`, or `out = added + a b` for a matrix of out's size and type, which may be out itself.
+///
+/// # Safety
+/// The addresses are of live allocations of these sizes on the device, `out`'s not among the factors'.
+pub(super) unsafe fn product(
+    device: &CudaDevice,
+    a: Matrix,
+    b: Matrix,
+    out: Matrix,
+    added: Option<Address>,
+) -> Result<()> {
+    assert!(!out.transposed && (out.rows, a.cols, out.cols) == (a.rows, b.rows, b.cols), "the sizes of a product");
+    assert_eq!(a.dtype, b.dtype, "the types of a product's factors");
+    let mut devices = DEVICES.get_or_init(Default::default).lock().unwrap_or_else(PoisonError::into_inner);
+    let blas = match devices.entry(format!("{:?}", device.id())) {
+        std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
+        std::collections::hash_map::Entry::Vacant(entry) => entry.insert(Blas::new(device)?),
+    };
+    // cuBLAS counts columns first: to it every matrix here is its transpose, and out^T = b^T a^T.
+    let added = added.unwrap_or(0);
+    let key = Key {
+        sizes: [out.cols, out.rows, a.cols],
+        strides: [b.stride(), a.stride(), out.stride()],
+        transposed: [b.transposed, a.transposed],
+        types: [a.dtype, out.dtype],
+        adds: added != 0,
+        alignments: [b.address, a.address, out.address, added].map(alignment),
+    };
+    let Blas { handle, workspace, plans } = blas;
+    let plan = match plans.entry(key) {
+        std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
+        std::collections::hash_map::Entry::Vacant(entry) => entry.insert(Plan::new(*handle, &key)?),
+    };
+    let stream = device.cuda_stream();
+    let (one, beta) = (1f32, if added != 0 { 1f32 } else { 0. });
+    let pointer = |address: Address| address as *const c_void;
+    let c = if added != 0 { added } else { out.address };
+    // SAFETY: the plan was made for matrices of these sizes, types and alignments; the caller vouches for the addresses; the workspace
+    // is used by one product at a time, as all are on one stream.
+    unsafe {
+        result::matmul(
+            *handle,
+            plan.operation,
+            (&raw const one).cast(),
+            (&raw const beta).cast(),
+            pointer(b.address),
+            plan.b,
+            pointer(a.address),
+            plan.a,
+            pointer(c),
+            plan.out,
+            out.address as *mut c_void,
+            plan.out,
+            &plan.algorithm,
+            workspace.device_ptr(&stream).0 as *mut c_void,
+            WORKSPACE,
+            stream.cu_stream().cast(),
+        )
+    }
+    .map_err(failed)
+}
+
+/// Bytes that cuBLASLt may use beside the matrices: what NVIDIA recommends for Hopper.
+const WORKSPACE: usize = 32 << 20;
+
+static DEVICES: OnceLock<Mutex<HashMap<String, Blas>>> = OnceLock::new();
+
+/// cuBLASLt on one device.
+struct Blas {
+    handle: sys::cublasLtHandle_t,
+    workspace: CudaSlice<u8>,
+    plans: HashMap<Key, Plan>,
+}
+
+// SAFETY: a handle and descriptors may be used from any thread; the mutex around them lets one thread at a time.
+unsafe impl Send for Blas {}
+
+/// What decides how a product is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    /// m, n and k as cuBLAS has them.
+    sizes: [usize; 3],
+    strides: [usize; 3],
+    transposed: [bool; 2],
+    types: [ElementType; 2],
+    adds: bool,
+    alignments: [u32; 4],
+}
+
+/// A product's descriptors and algorithm. They are kept for the life of the process: a model has a few dozen.
+struct Plan {
+    operation: sys::cublasLtMatmulDesc_t,
+    a: sys::cublasLtMatrixLayout_t,
+    b: sys::cublasLtMatrixLayout_t,
+    out: sys::cublasLtMatrixLayout_t,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+fn failed(error: result::CublasError) -> Error {
+    candle_core::Error::Msg(format!("a matrix product failed: {error}")).into()
+}
+
+/// The largest power of two, up to what cuBLAS can use, that divides an address.
+fn alignment(address: Address) -> u32 {
+    1 << address.trailing_zeros().min(8)
+}
+
+impl Blas {
+    fn new(device: &CudaDevice) -> Result<Self> {
+        // SAFETY: a workspace is written before it is read.
+        let workspace = unsafe { device.alloc::<u8>(WORKSPACE)? };
+        Ok(Self { handle: result::create_handle().map_err(failed)?, workspace, plans: HashMap::new() })
+    }
+}
+
+impl Plan {
+    fn new(handle: sys::cublasLtHandle_t, key: &Key) -> Result<Self> {
+        let data_type = |dtype| match dtype {
+            ElementType::F32 => sys::cudaDataType::CUDA_R_32F,
+            ElementType::Bf16 => sys::cudaDataType::CUDA_R_16BF,
+        };
+        let ([m, n, k], [b_stride, a_stride, out_stride]) = (key.sizes, key.strides);
+        let layout = |dtype, transposed, rows: usize, cols: usize, stride: usize| {
+            let (rows, cols) = if transposed { (cols, rows) } else { (rows, cols) };
+            result::create_matrix_layout(data_type(dtype), rows as u64, cols as u64, stride as i64).map_err(failed)
+        };
+        let [factors, product] = key.types;
+        let b = layout(factors, key.transposed[0], m, k, b_stride)?;
+        let a = layout(factors, key.transposed[1], k, n, a_stride)?;
+        let out = layout(product, false, m, n, out_stride)?;
+        let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
+        let operation = result::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F).map_err(failed)?;
+        let preference = result::create_matmul_pref().map_err(failed)?;
+        use sys::{cublasLtMatmulDescAttributes_t as Of, cublasLtMatmulPreferenceAttributes_t as Prefer};
+        let transposed = key.transposed.map(i32::from);
+        // SAFETY: every attribute is given a value of the type that cuBLASLt documents for it, of that size.
+        unsafe {
+            for (which, value) in
+                [(Of::CUBLASLT_MATMUL_DESC_TRANSA, transposed[0]), (Of::CUBLASLT_MATMUL_DESC_TRANSB, transposed[1])]
+            {
+                result::set_matmul_desc_attribute(operation, which, (&raw const value).cast(), 4).map_err(failed)?;
+            }
+            let bytes = WORKSPACE as u64;
+            let which = Prefer::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+            result::set_matmul_pref_attribute(preference, which, (&raw const bytes).cast(), 8).map_err(failed)?;
+            let [b_bytes, a_bytes, out_bytes, added_bytes] = key.alignments;
+            for (which, value) in [
+                (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, b_bytes),
+                (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, a_bytes),
+                (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, added_bytes.min(out_bytes)),
+                (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, out_bytes),
+            ] {
+                result::set_matmul_pref_attribute(preference, which, (&raw const value).cast(), 4).map_err(failed)?;
+            }
+            let found = result::get_matmul_algo_heuristic(handle, operation, b, a, out, out, preference);
+            result::destroy_matmul_pref(preference).map_err(failed)?;
+            Ok(Self { operation, a, b, out, algorithm: found.map_err(failed)?.algo })
+        }
+    }
+}

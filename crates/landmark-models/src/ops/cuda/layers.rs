@@ -1,0 +1,518 @@
+//! The operations of a layer, and the embedding.
+
+use std::ffi::c_int;
+
+use candle_core::cuda_backend::CudaDevice;
+use candle_core::{DType, Tensor};
+
+use super::gemm::{Matrix, product};
+use super::{Address, CudaStream_, ElementType, Fresh, address, run};
+use crate::ops::elements::{check_shape, ids, rows_and_width};
+use crate::ops::linear::check_weight;
+use crate::ops::record::Tape;
+use crate::ops::{Activation, Dropout, Mlp, NormKind};
+use crate::{Error, Result};
+
+/// Columns that a thread of the activations' kernels takes at once.
+const PACK: usize = 4;
+
+/// A matrix of a contiguous tensor.
+fn matrix(op: &'static str, name: &'static str, x: &Tensor, rows: usize, cols: usize) -> Result<Matrix> {
+    Ok(Matrix::new(address(op, name, x)?, ElementType::of(op, name, x.dtype())?, rows, cols))
+}
+
+/// A parameter in the type of the activations that it meets.
+pub(super) fn in_type_of(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    Ok(w.detach().to_dtype(x.dtype())?.contiguous()?)
+}
+
+fn without_dropout(op: &'static str, dropout: Option<Dropout>) -> Result<()> {
+    match dropout {
+        None => Ok(()),
+        Some(dropout) => {
+            let expected = "none: only the CPU's operations drop".to_string();
+            Err(Error::Value { op, name: "dropout", got: dropout.p.to_string(), expected })
+        }
+    }
+}
+
+/// See [`crate::ops::linear`].
+pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+    biased("linear", affine("linear", x, w, b, None)?, b)
+}
+
+fn biased(op: &'static str, y: Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+    let Some(b) = b else { return Ok(y) };
+    check_shape(op, "bias", b, &[y.dims()[y.rank() - 1]])?;
+    Ok(y.broadcast_add(&b.to_dtype(y.dtype())?)?)
+}
+
+/// `x w^T` in the type of `x`, or `residual + x w^T` in that of the residual. The bias is only checked.
+fn affine(op: &'static str, x: &Tensor, w: &Tensor, b: Option<&Tensor>, residual: Option<&Tensor>) -> Result<Tensor> {
+    let (n, n_in) = rows_and_width(op, "x", x)?;
+    let n_out = check_weight(op, "w", w, b, n_in)?;
+    let shape = [&x.dims()[..x.rank() - 1], &[n_out]].concat();
+    let device = x.device().as_cuda_device()?.clone();
+    let x = x.contiguous()?;
+    let residual = residual.map(|residual| residual.contiguous()).transpose()?;
+    let tape = Tape::new(op, &[Some(&x), Some(w), residual.as_ref()].into_iter().flatten().collect::<Vec<_>>())?;
+    let weight = in_type_of(&x, w)?;
+    let dtype = residual.as_ref().map_or(x.dtype(), Tensor::dtype);
+    let y = Fresh::new(&device, shape.as_slice(), dtype)?;
+    let added = match &residual {
+        None => None,
+        Some(residual) => {
+            check_shape(op, "residual", residual, &shape)?;
+            Some(address(op, "residual", residual)?)
+        }
+    };
+    let out = Matrix::new(y.address, ElementType::of(op, "residual", dtype)?, n, n_out);
+    let (x_ni, w_oi) = (matrix(op, "x", &x, n, n_in)?, matrix(op, "w", &weight, n_out, n_in)?);
+    // SAFETY: all are live contiguous allocations of the sizes that were checked.
+    unsafe { product(&device, x_ni, w_oi.t(), out, added)? };
+    let adds = residual.is_some();
+    tape.finish_one(y.output(), move |dy| {
+        let dy_x = dy.to_dtype(x.dtype())?.contiguous()?;
+        let dy_no = matrix(op, "dy", &dy_x, n, n_out)?;
+        let (x_ni, w_oi) = (matrix(op, "x", &x, n, n_in)?, matrix(op, "w", &weight, n_out, n_in)?);
+        let dx = Fresh::new(&device, x.shape(), x.dtype())?;
+        let dw = Fresh::new(&device, (n_out, n_in), DType::F32)?;
+        // SAFETY: as above.
+        unsafe {
+            product(&device, dy_no, w_oi, Matrix::new(dx.address, x_ni.dtype, n, n_in), None)?;
+            product(&device, dy_no.t(), x_ni, Matrix::new(dw.address, ElementType::F32, n_out, n_in), None)?;
+        }
+        let mut grads = vec![dx.tensor(), dw.tensor()];
+        if adds {
+            grads.push(dy);
+        }
+        Ok(grads)
+    })
+}
+
+/// See [`crate::ops::project_heads`].
+pub fn project_heads(x: &Tensor, w: &Tensor, b: Option<&Tensor>, heads: usize) -> Result<[Tensor; 3]> {
+    const OP: &str = "project_heads";
+    let &[batch, time, n_in] = x.dims() else {
+        let expected = "[batch, time, width]".to_string();
+        return Err(Error::Shape { op: OP, tensor: "x", got: x.dims().to_vec(), expected });
+    };
+    let n_out = check_weight(OP, "w", w, b, n_in)?;
+    if heads == 0 || n_out % (3 * heads) != 0 || x.elem_count() == 0 {
+        let expected = format!("rows for q, k and v of {heads} heads");
+        return Err(Error::Shape { op: OP, tensor: "w", got: w.dims().to_vec(), expected });
+    }
+    let y = biased(OP, affine(OP, x, w, b, None)?, b)?.contiguous()?;
+    let layout = Layout { batch, heads, time, dim: n_out / (3 * heads) };
+    let tape = Tape::new(OP, &[&y])?;
+    let parts = layout.split(OP, &y, 3)?;
+    let [q, k, v] = parts.try_into().ok().expect("three parts");
+    tape.finish([q, k, v].map(Fresh::output), move |grads| {
+        Ok(vec![layout.merge(OP, &grads.iter().map(Option::as_ref).collect::<Vec<_>>())?.tensor()])
+    })
+}
+
+/// See [`crate::ops::merge_heads`].
+pub fn merge_heads(
+    o: &Tensor,
+    w: &Tensor,
+    b: Option<&Tensor>,
+    residual: &Tensor,
+    dropout: Option<Dropout>,
+) -> Result<Tensor> {
+    const OP: &str = "merge_heads";
+    without_dropout(OP, dropout)?;
+    let &[batch, heads, time, dim] = o.dims() else {
+        let expected = "[batch, heads, time, head_dim]".to_string();
+        return Err(Error::Shape { op: OP, tensor: "o", got: o.dims().to_vec(), expected });
+    };
+    let layout = Layout { batch, heads, time, dim };
+    let o = o.contiguous()?;
+    let tape = Tape::new(OP, &[&o])?;
+    let merged = layout.merge(OP, &[Some(&o)])?;
+    let merged = tape.finish_one(merged.output(), move |dy| {
+        let d_o = layout.split(OP, &dy.contiguous()?, 1)?.pop().expect("one part");
+        Ok(vec![d_o.tensor()])
+    })?;
+    biased(OP, affine(OP, &merged, w, b, Some(residual))?, b)
+}
+
+/// See [`crate::ops::mlp`].
+pub fn mlp(x: &Tensor, mlp: &Mlp, residual: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+    const OP: &str = "mlp";
+    without_dropout(OP, dropout)?;
+    let (n, width) = rows_and_width(OP, "x", x)?;
+    let (_, hidden) = mlp.check(width)?;
+    if !hidden.is_multiple_of(PACK) {
+        let expected = format!("columns in a multiple of {PACK} on a GPU");
+        return Err(Error::Shape { op: OP, tensor: "down", got: mlp.down.dims().to_vec(), expected });
+    }
+    let up = biased(OP, affine(OP, x, &mlp.up, mlp.up_bias.as_ref(), None)?, mlp.up_bias.as_ref())?.contiguous()?;
+    let activation = Activate { gated: mlp.activation == Activation::Swiglu, rows: n, width: hidden };
+    let shape = [&x.dims()[..x.rank() - 1], &[hidden]].concat();
+    let device = x.device().as_cuda_device()?.clone();
+    let tape = Tape::new(OP, &[&up])?;
+    let act = Fresh::new(&device, shape.as_slice(), up.dtype())?;
+    activation.launch(&device, &up, None, act.address)?;
+    let act = tape.finish_one(act.output(), move |dy| {
+        let d_up = Fresh::new(&device, up.shape(), up.dtype())?;
+        activation.launch(&device, &up, Some(&dy.contiguous()?), d_up.address)?;
+        Ok(vec![d_up.tensor()])
+    })?;
+    let b = mlp.down_bias.as_ref();
+    biased(OP, affine(OP, &act, &mlp.down, b, Some(residual))?, b)
+}
+
+#[derive(Clone, Copy)]
+struct Activate {
+    gated: bool,
+    rows: usize,
+    width: usize,
+}
+
+impl Activate {
+    fn launch(self, device: &CudaDevice, x: &Tensor, dy: Option<&Tensor>, out: Address) -> Result<()> {
+        const OP: &str = "mlp";
+        let dtype = ElementType::of(OP, "x", x.dtype())?;
+        let (x, dy) = (address(OP, "x", x)?, dy.map_or(Ok(0), |dy| address(OP, "dy", dy))?);
+        let Self { gated, rows, width } = self;
+        run(OP, device, |stream| {
+            // SAFETY: live contiguous allocations of these sizes and this type.
+            unsafe { landmark_activation(gated.into(), x, dy, out, dtype, rows as i64, width as c_int, stream) }
+        })
+    }
+}
+
+/// The sizes of `[B, H, T, D]`.
+#[derive(Clone, Copy)]
+struct Layout {
+    batch: usize,
+    heads: usize,
+    time: usize,
+    dim: usize,
+}
+
+impl Layout {
+    /// `[B, T, n H D]` to n of `[B, H, T, D]`.
+    fn split(self, op: &'static str, x: &Tensor, n: usize) -> Result<Vec<Fresh>> {
+        let Self { batch, heads, time, dim } = self;
+        let device = x.device().as_cuda_device()?;
+        let parts =
+            (0..n).map(|_| Fresh::new(device, (batch, heads, time, dim), x.dtype())).collect::<Result<Vec<_>>>()?;
+        let part = |i: usize| parts.get(i).map_or(0, |part| part.address);
+        self.launch(op, true, address(op, "x", x)?, [part(0), part(1), part(2)], n, x)?;
+        Ok(parts)
+    }
+
+    /// Parts `[B, H, T, D]` side by side, `[B, T, n H D]`; a part that is not there is zeros.
+    fn merge(self, op: &'static str, parts: &[Option<&Tensor>]) -> Result<Fresh> {
+        let Self { batch, heads, time, dim } = self;
+        let like = parts.iter().flatten().next().expect("one part at least");
+        let device = like.device().as_cuda_device()?;
+        let whole = Fresh::new(device, (batch, time, parts.len() * heads * dim), like.dtype())?;
+        let part = |i: usize| match parts.get(i) {
+            Some(Some(part)) => address(op, "grad", part),
+            _ => Ok(0),
+        };
+        self.launch(op, false, whole.address, [part(0)?, part(1)?, part(2)?], parts.len(), like)?;
+        Ok(whole)
+    }
+
+    fn launch(
+        self,
+        op: &'static str,
+        split: bool,
+        whole: Address,
+        [a, b, c]: [Address; 3],
+        n: usize,
+        like: &Tensor,
+    ) -> Result<()> {
+        let [batch, heads, time, dim] = [self.batch, self.heads, self.time, self.dim].map(|size| size as i64);
+        let bytes = like.dtype().size_in_bytes() as c_int;
+        ElementType::of(op, "x", like.dtype())?;
+        run(op, like.device().as_cuda_device()?, |stream| {
+            // SAFETY: live contiguous allocations of these sizes.
+            unsafe { landmark_heads(split.into(), whole, a, b, c, n as c_int, batch, heads, time, dim, bytes, stream) }
+        })
+    }
+}
+
+/// See [`crate::ops::norm`]. `dtype` is that of `x`, or bf16 for an `x` of f32.
+pub fn norm(x: &Tensor, kind: NormKind, w: &Tensor, b: Option<&Tensor>, dtype: DType) -> Result<Tensor> {
+    const OP: &str = "norm";
+    let (rows, width) = rows_and_width(OP, "x", x)?;
+    check_shape(OP, "w", w, &[width])?;
+    if let Some(b) = b {
+        check_shape(OP, "bias", b, &[width])?;
+    }
+    let (x_type, y_type) = (ElementType::of(OP, "x", x.dtype())?, ElementType::of(OP, "dtype", dtype)?);
+    if y_type == ElementType::F32 && x_type == ElementType::Bf16 {
+        return Err(Error::DType { op: OP, tensor: "dtype", got: dtype, expected: "that of x, or bf16".into() });
+    }
+    let device = x.device().as_cuda_device()?.clone();
+    let x = x.contiguous()?;
+    let tape = Tape::new(OP, &[Some(&x), Some(w), b].into_iter().flatten().collect::<Vec<_>>())?;
+    let y = Fresh::new(&device, x.shape(), dtype)?;
+    let stats = Fresh::new(&device, (rows, 2), DType::F32)?;
+    let (x_at, w_at) = (address(OP, "x", &x)?, address(OP, "w", w)?);
+    let b_at = b.map_or(Ok(0), |b| address(OP, "bias", b))?;
+    let centred = c_int::from(kind == NormKind::Layer);
+    let (n, c) = (rows as c_int, width as c_int);
+    run(OP, &device, |stream| {
+        let (y, stats) = (y.address, stats.address);
+        // SAFETY: live contiguous allocations of these sizes and types.
+        unsafe { landmark_norm_forward(x_at, x_type, w_at, b_at, y, y_type, stats, n, c, centred, stream) }
+    })?;
+    let (w, biased, stats) = (w.clone(), b.is_some(), stats.tensor());
+    tape.finish_one(y.output(), move |dy| {
+        // Enough blocks to fill the GPU, few enough that their parts of the sums are little beside x.
+        let parts = rows.div_ceil(8).min(528);
+        let kept = if biased { 2 * width } else { width };
+        let dy = dy.contiguous()?;
+        let dx = Fresh::new(&device, x.shape(), x.dtype())?;
+        let (partial, sums) = (Fresh::new(&device, (parts, kept), DType::F32)?, Fresh::new(&device, kept, DType::F32)?);
+        let (x_at, w_at) = (address(OP, "x", &x)?, address(OP, "w", &w)?);
+        let (dy_at, stats_at) = (address(OP, "dy", &dy)?, address(OP, "stats", &stats)?);
+        run(OP, &device, |stream| {
+            let (dx, partial, sums) = (dx.address, partial.address, sums.address);
+            // SAFETY: as above.
+            unsafe {
+                landmark_norm_backward(
+                    dy_at,
+                    y_type,
+                    x_at,
+                    x_type,
+                    w_at,
+                    stats_at,
+                    dx,
+                    partial,
+                    sums,
+                    parts as c_int,
+                    n,
+                    c,
+                    centred,
+                    biased.into(),
+                    stream,
+                )
+            }
+        })?;
+        let sums = sums.tensor();
+        let mut grads = vec![dx.tensor(), sums.narrow(0, 0, width)?];
+        if biased {
+            grads.push(sums.narrow(0, width, width)?);
+        }
+        Ok(grads)
+    })
+}
+
+/// See [`crate::ops::embedding`]; f32. The tokens are best on the CPU: they are checked and sorted there.
+pub fn embedding(w: &Tensor, tokens: &Tensor) -> Result<Tensor> {
+    const OP: &str = "embedding";
+    let &[vocab, width] = w.dims() else {
+        return Err(Error::Shape { op: OP, tensor: "w", got: w.dims().to_vec(), expected: "[vocab, width]".into() });
+    };
+    let ids = ids(OP, "tokens", tokens)?;
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+        let expected = format!("ids below {vocab}");
+        return Err(Error::Value { op: OP, name: "tokens", got: id.to_string(), expected });
+    }
+    if ids.is_empty() || w.dtype() != DType::F32 {
+        return Err(Error::DType { op: OP, tensor: "w", got: w.dtype(), expected: "f32, and tokens".into() });
+    }
+    let device = w.device().as_cuda_device()?.clone();
+    let tape = Tape::new(OP, &[w])?;
+    let y = Fresh::new(&device, [tokens.dims(), &[width]].concat(), DType::F32)?;
+    let (n, c) = (ids.len() as c_int, width as c_int);
+    let (w_at, ids_on_device) = (address(OP, "w", w)?, uploaded(&ids, w)?);
+    let ids_at = address(OP, "tokens", &ids_on_device)?;
+    run(OP, &device, |stream| {
+        // SAFETY: live contiguous allocations of these sizes; the ids are rows of w.
+        unsafe { landmark_gather_rows(w_at, ids_at, y.address, n, c, stream) }
+    })?;
+    let pieces = if tape.tracked() { Pieces::of(&ids).on_device(w)? } else { Vec::new() };
+    tape.finish_one(y.output(), move |dy| {
+        let dy = dy.contiguous()?;
+        let [places, piece_starts, ids, token_starts] = pieces.as_slice() else {
+            unreachable!("made for every embedding that has a gradient");
+        };
+        let (pieces, tokens) = (piece_starts.elem_count() - 1, ids.elem_count());
+        let dw = Tensor::zeros((vocab, width), DType::F32, dy.device())?;
+        let sums = Fresh::new(&device, (pieces, width), DType::F32)?;
+        let at = |x: &Tensor| address(OP, "dy", x);
+        let (dy_at, dw_at) = (at(&dy)?, at(&dw)?);
+        let [places, piece_starts, ids, token_starts] = [at(places)?, at(piece_starts)?, at(ids)?, at(token_starts)?];
+        run(OP, &device, |stream| {
+            let (pieces, tokens) = (pieces as c_int, tokens as c_int);
+            // SAFETY: live contiguous allocations; the lists name rows of dy, of sums and of dw.
+            unsafe {
+                landmark_scatter_rows(
+                    dy_at,
+                    places,
+                    piece_starts,
+                    pieces,
+                    ids,
+                    token_starts,
+                    tokens,
+                    sums.address,
+                    dw_at,
+                    c,
+                    stream,
+                )
+            }
+        })?;
+        Ok(vec![dw])
+    })
+}
+
+fn uploaded(ids: &[u32], beside: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::from_slice(ids, ids.len(), beside.device())?)
+}
+
+/// The places of each token in a text, in pieces that are short enough to be summed side by side.
+struct Pieces {
+    /// Places in the text, by token and then by place.
+    places: Vec<u32>,
+    /// Where each piece starts in `places`, and the end.
+    piece_starts: Vec<u32>,
+    /// The tokens that occur.
+    ids: Vec<u32>,
+    /// Where each token starts in the pieces, and the end.
+    token_starts: Vec<u32>,
+}
+
+impl Pieces {
+    fn of(ids: &[u32]) -> Self {
+        const PIECE: u32 = 32;
+        let mut sorted: Vec<u64> = ids.iter().zip(0u64..).map(|(&id, place)| (id as u64) << 32 | place).collect();
+        sorted.sort_unstable();
+        let mut pieces = Self {
+            places: sorted.iter().map(|entry| *entry as u32).collect(),
+            piece_starts: Vec::new(),
+            ids: Vec::new(),
+            token_starts: Vec::new(),
+        };
+        for (index, entry) in (0u32..).zip(&sorted) {
+            let id = (entry >> 32) as u32;
+            if pieces.ids.last() != Some(&id) {
+                pieces.ids.push(id);
+                pieces.token_starts.push(pieces.piece_starts.len() as u32);
+                pieces.piece_starts.push(index);
+            } else if index - pieces.piece_starts.last().expect("the token's first piece") == PIECE {
+                pieces.piece_starts.push(index);
+            }
+        }
+        pieces.token_starts.push(pieces.piece_starts.len() as u32);
+        pieces.piece_starts.push(ids.len() as u32);
+        pieces
+    }
+
+    fn on_device(&self, beside: &Tensor) -> Result<Vec<Tensor>> {
+        [&self.places, &self.piece_starts, &self.ids, &self.token_starts]
+            .map(|list| uploaded(list, beside))
+            .into_iter()
+            .collect()
+    }
+}
+
+unsafe extern "C" {
+    fn landmark_norm_forward(
+        x: Address,
+        x_type: ElementType,
+        w: Address,
+        b: Address,
+        y: Address,
+        y_type: ElementType,
+        stats: Address,
+        rows: c_int,
+        width: c_int,
+        centred: c_int,
+        stream: *mut CudaStream_,
+    ) -> c_int;
+    fn landmark_norm_backward(
+        dy: Address,
+        y_type: ElementType,
+        x: Address,
+        x_type: ElementType,
+        w: Address,
+        stats: Address,
+        dx: Address,
+        partial: Address,
+        sums: Address,
+        parts: c_int,
+        rows: c_int,
+        width: c_int,
+        centred: c_int,
+        biased: c_int,
+        stream: *mut CudaStream_,
+    ) -> c_int;
+    fn landmark_heads(
+        split: c_int,
+        whole: Address,
+        part0: Address,
+        part1: Address,
+        part2: Address,
+        n: c_int,
+        batch: i64,
+        heads: i64,
+        time: i64,
+        dim: i64,
+        bytes: c_int,
+        stream: *mut CudaStream_,
+    ) -> c_int;
+    fn landmark_activation(
+        gated: c_int,
+        x: Address,
+        dy: Address,
+        out: Address,
+        dtype: ElementType,
+        rows: i64,
+        width: c_int,
+        stream: *mut CudaStream_,
+    ) -> c_int;
+    fn landmark_gather_rows(
+        w: Address,
+        ids: Address,
+        y: Address,
+        n: c_int,
+        width: c_int,
+        stream: *mut CudaStream_,
+    ) -> c_int;
+    fn landmark_scatter_rows(
+        dy: Address,
+        places: Address,
+        piece_starts: Address,
+        pieces: c_int,
+        ids: Address,
+        token_starts: Address,
+        tokens: c_int,
+        sums: Address,
+        dw: Address,
+        width: c_int,
+        stream: *mut CudaStream_,
+    ) -> c_int;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_every_place_once_and_in_order() {
+        let ids: Vec<u32> = (0..1000).map(|i| if i % 3 == 0 { 7 } else { i % 11 }).collect();
+        let pieces = Pieces::of(&ids);
+        let mut seen = vec![false; ids.len()];
+        for (index, &id) in pieces.ids.iter().enumerate() {
+            let mut before = None;
+            for piece in pieces.token_starts[index]..pieces.token_starts[index + 1] {
+                let (from, to) = (pieces.piece_starts[piece as usize], pieces.piece_starts[piece as usize + 1]);
+                assert!((1..=32).contains(&(to - from)));
+                for &place in &pieces.places[from as usize..to as usize] {
+                    assert_eq!(ids[place as usize], id);
+                    assert!(before < Some(place) && !std::mem::replace(&mut seen[place as usize], true));
+                    before = Some(place);
+                }
+            }
+        }
+        assert!(seen.into_iter().all(|seen| seen));
+    }
+}

@@ -1,0 +1,160 @@
+//! The cross entropy, a chunk of positions at a time.
+
+use std::ffi::c_int;
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::{DType, Tensor};
+
+use super::gemm::{Matrix, product};
+use super::layers::in_type_of;
+use super::{Address, CudaStream_, ElementType, Fresh, address, run};
+use crate::Result;
+use crate::ops::cross_entropy::{check, shares};
+use crate::ops::record::Tape;
+use crate::ops::{IGNORE, TokenScore};
+
+const OP: &str = "cross_entropy";
+
+/// Logits in memory at once: 512 MiB of bf16.
+const CHUNK: usize = 1 << 28;
+
+/// See [`crate::ops::cross_entropy`]. Its gradient can be taken once.
+pub fn cross_entropy(x: &Tensor, w: &Tensor, targets: &Tensor, weights: Option<&Tensor>) -> Result<Tensor> {
+    let (_, _, _, ids) = check(x, w, targets)?;
+    let shares = shares(&ids, weights, targets.dims())?;
+    let x = x.contiguous()?;
+    let tape = Tape::new(OP, &[&x, w])?;
+    let chunks = Chunks::run(&x, w, &ids, &shares, tape.tracked(), false)?;
+    let device = x.device().as_cuda_device()?.clone();
+    let total = Fresh::new(&device, (), DType::F32)?;
+    let losses = address(OP, "losses", &chunks.losses)?;
+    run(OP, &device, |stream| {
+        // SAFETY: one loss for each id.
+        unsafe { landmark_sum(losses, total.address, ids.len() as c_int, stream) }
+    })?;
+    let grads = Mutex::new(chunks.grads);
+    tape.finish_one(total.output(), move |grad| {
+        let Some([dx, dw]) = grads.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return Err(candle_core::Error::Msg(format!("{OP}: its gradient was taken before")).into());
+        };
+        let grad = grad.to_dtype(DType::F32)?;
+        let factor = address(OP, "grad", &grad)?;
+        for x in [&dx, &dw] {
+            let (at, dtype, n) = (address(OP, "x", x)?, ElementType::of(OP, "x", x.dtype())?, x.elem_count());
+            run(OP, &device, |stream| {
+                // SAFETY: n elements that nobody else has, and a number.
+                unsafe { landmark_scale(at, dtype, factor, n as i64, stream) }
+            })?;
+        }
+        Ok(vec![dx, dw])
+    })
+}
+
+/// See [`crate::ops::token_scores`].
+pub fn token_scores(x: &Tensor, w: &Tensor, targets: &Tensor) -> Result<Vec<Option<TokenScore>>> {
+    let (_, _, _, ids) = check(x, w, targets)?;
+    // Of weight 1, so that what comes back are the losses themselves.
+    let shares: Vec<f64> = ids.iter().map(|&id| if id == IGNORE { 0. } else { 1. }).collect();
+    let chunks = Chunks::run(&x.contiguous()?, w, &ids, &shares, false, true)?;
+    let (losses, correct) = (chunks.losses.to_vec1::<f32>()?, chunks.correct.expect("asked for").to_vec1::<u8>()?);
+    let scores = ids.iter().zip(losses).zip(correct);
+    Ok(scores
+        .map(|((&id, loss), correct)| (id != IGNORE).then_some(TokenScore { loss: loss as f64, correct: correct != 0 }))
+        .collect())
+}
+
+/// What comes of all positions, chunk by chunk.
+struct Chunks {
+    /// The share of each position in the loss.
+    losses: Tensor,
+    /// Whether each position's target is the likeliest.
+    correct: Option<Tensor>,
+    /// Gradients of x, in its type, and of w, in f32.
+    grads: Option<[Tensor; 2]>,
+}
+
+impl Chunks {
+    fn run(x: &Tensor, w: &Tensor, ids: &[u32], shares: &[f64], gradients: bool, correct: bool) -> Result<Self> {
+        let (n, (vocab, width)) = (ids.len(), w.dims2()?);
+        let device = x.device().as_cuda_device()?;
+        let dtype = ElementType::of(OP, "x", x.dtype())?;
+        // A position without a target names no logit; its share is 0.
+        let targets: Vec<u32> = ids.iter().map(|&id| if id == IGNORE { 0 } else { id }).collect();
+        let targets = Tensor::from_vec(targets, n, x.device())?;
+        let shares = Tensor::from_vec(shares.iter().map(|&share| share as f32).collect::<Vec<_>>(), n, x.device())?;
+        let (losses, correct) =
+            (Fresh::new(device, n, DType::F32)?, if correct { Some(Fresh::new(device, n, DType::U8)?) } else { None });
+        let grads = match gradients {
+            true => Some((Fresh::new(device, x.shape(), x.dtype())?, Fresh::new(device, (vocab, width), DType::F32)?)),
+            false => None,
+        };
+        let step = (CHUNK / vocab).clamp(1, n).next_multiple_of(128).min(n);
+        let logits = Fresh::new(device, (step, vocab), x.dtype())?;
+        let weight = in_type_of(x, w)?;
+        let w_vc = Matrix::new(address(OP, "w", &weight)?, dtype, vocab, width);
+        let (x_at, targets_at, shares_at) =
+            (address(OP, "x", x)?, address(OP, "targets", &targets)?, address(OP, "shares", &shares)?);
+        let size = x.dtype().size_in_bytes();
+        for from in (0..n).step_by(step) {
+            let rows = step.min(n - from);
+            let row_bytes = (from * width * size) as u64;
+            let x_nc = Matrix::new(x_at + row_bytes, dtype, rows, width);
+            let logits_nv = Matrix::new(logits.address, dtype, rows, vocab);
+            // SAFETY: live contiguous allocations of the sizes that `check` made sure of; `from + rows` is at most n.
+            unsafe { product(device, x_nc, w_vc.t(), logits_nv, None)? };
+            run(OP, device, |stream| {
+                let (targets, shares) = (targets_at + 4 * from as u64, shares_at + 4 * from as u64);
+                let losses = losses.address + 4 * from as u64;
+                let correct = correct.as_ref().map_or(0, |correct| correct.address + from as u64);
+                let (rows, vocab) = (rows as c_int, vocab as c_int);
+                // SAFETY: as above, and all targets are below vocab.
+                unsafe {
+                    landmark_cross_entropy(
+                        logits.address,
+                        dtype,
+                        targets,
+                        shares,
+                        losses,
+                        correct,
+                        rows,
+                        vocab,
+                        gradients.into(),
+                        stream,
+                    )
+                }
+            })?;
+            if let Some((dx, dw)) = &grads {
+                let dx_nc = Matrix::new(dx.address + row_bytes, dtype, rows, width);
+                let dw_vc = Matrix::new(dw.address, ElementType::F32, vocab, width);
+                let added = (from > 0).then_some(dw.address);
+                // SAFETY: as above; the first chunk writes all of dw, the others add to it.
+                unsafe {
+                    product(device, logits_nv, w_vc, dx_nc, None)?;
+                    product(device, logits_nv.t(), x_nc, dw_vc, added)?;
+                }
+            }
+        }
+        Ok(Self {
+            losses: losses.tensor(),
+            correct: correct.map(Fresh::tensor),
+            grads: grads.map(|(dx, dw)| [dx.tensor(), dw.tensor()]),
+        })
+    }
+}
+
+unsafe extern "C" {
+    fn landmark_cross_entropy(
+        logits: Address,
+        dtype: ElementType,
+        targets: Address,
+        shares: Address,
+        losses: Address,
+        correct: Address,
+        rows: c_int,
+        vocab: c_int,
+        gradients: c_int,
+        stream: *mut CudaStream_,
+    ) -> c_int;
+    fn landmark_scale(x: Address, dtype: ElementType, factor: Address, n: i64, stream: *mut CudaStream_) -> c_int;
+    fn landmark_sum(x: Address, out: Address, n: c_int, stream: *mut CudaStream_) -> c_int;
+}
