@@ -3,6 +3,6 @@
 use landmark_nvcc::{GENERAL, HOPPER, compile};
 
 fn main() {
-    let units = [("api", GENERAL), ("f32", GENERAL), ("f16", GENERAL), ("bf16", GENERAL), ("hopper", HOPPER)];
-    compile("landmark_kernels", "src/cuda", &units);
+    let general = ["api", "f32", "f16", "bf16", "rope"].map(|unit| (unit, GENERAL));
+    compile("landmark_kernels", "src/cuda", &[&general[..], &[("hopper", HOPPER)]].concat());
 }

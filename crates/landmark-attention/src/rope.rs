@@ -1,10 +1,16 @@
 //! Rotary position embedding (Su et al., 2021): pair `i` of a head's channels is turned by `position * inv_freq[i]`, so that
 //! a product of a rotated query and a rotated key depends on their distance alone.
 
+use std::sync::Arc;
+
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::{Error, Result};
 
 /// Which channels of a head form pair `i`.
@@ -48,52 +54,78 @@ impl Rope {
                 })
             })
             .collect();
-        Rotation { table: std::sync::Arc::new(table), n_freq: self.inv_freq.len(), pairs: self.pairs, sign: 1. }
+        let table = Table {
+            host: table,
+            #[cfg(feature = "cuda")]
+            devices: Default::default(),
+        };
+        Rotation { table: Arc::new(table), n_freq: self.inv_freq.len(), pairs: self.pairs, sign: 1. }
     }
 }
 
 /// The cosines and sines of a list of positions, computed once and used for queries and keys of all layers.
 #[derive(Debug, Clone)]
 pub struct Rotation {
-    table: std::sync::Arc<Vec<[f64; 2]>>,
+    table: Arc<Table>,
     n_freq: usize,
     pairs: Pairs,
     /// -1 turns back: the gradient of a rotation is the inverse rotation.
     sign: f64,
 }
 
+#[derive(Debug)]
+struct Table {
+    /// `[positions, n_freq]`: cosine and sine.
+    host: Vec<[f64; 2]>,
+    /// The same on each GPU that asked for them.
+    #[cfg(feature = "cuda")]
+    devices: cuda::rope::Tables,
+}
+
 impl Rotation {
-    /// Rotates `x`, `[batch, heads, time, head_dim]` of f32 or f64 with the last dimension contiguous; differentiable. The
-    /// result is contiguous.
+    /// Rotates `x`, `[batch, heads, time, head_dim]` with the last dimension contiguous, of f32 or f64, on a GPU of f32, bf16 or f16 (computed in
+    /// f32); differentiable. The result is contiguous. A rotation is copied to a GPU once, when it is first applied there.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         const OP: &str = "rope";
         let (batch, _, time, head_dim) = x.dims4()?;
-        let rows = self.table.len() / self.n_freq;
+        let rows = self.table.host.len() / self.n_freq;
         if head_dim != 2 * self.n_freq || (rows != time && rows != batch * time) {
             let expected = format!("[batch, heads, time, {}] with {rows} positions", 2 * self.n_freq);
             return Err(Error::Shape { op: OP, tensor: "x", got: x.dims().to_vec(), expected });
         }
-        if !matches!(x.dtype(), DType::F32 | DType::F64) {
-            return Err(Error::DType { op: OP, tensor: "x", got: x.dtype(), expected: "f32 or f64".into() });
-        }
-        if !x.device().is_cpu() {
-            let expected = "the CPU".to_string();
-            return Err(Error::Device { op: OP, tensor: "x", got: x.device().location(), expected });
+        let (fits, expected) = match x.device() {
+            Device::Cpu => (matches!(x.dtype(), DType::F32 | DType::F64), "f32 or f64"),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => {
+                (matches!(x.dtype(), DType::F32 | DType::BF16 | DType::F16), "f32, bf16 or f16 on a GPU")
+            }
+            other => {
+                let expected = "a device that has kernels in this build".to_string();
+                return Err(Error::Device { op: OP, tensor: "x", got: other.location(), expected });
+            }
+        };
+        if !fits {
+            return Err(Error::DType { op: OP, tensor: "x", got: x.dtype(), expected: expected.into() });
         }
         Ok(x.apply_op1(self.clone())?)
+    }
+
+    /// Whether each row of a batch has positions of its own.
+    fn is_per_row(&self, batch: usize, time: usize) -> bool {
+        self.table.host.len() == batch * time * self.n_freq && batch > 1
     }
 
     fn rotate<T: WithDType>(&self, x: &[T], layout: &Layout) -> Vec<T> {
         let (batch, heads, time, head_dim) = layout.shape().dims4().expect("checked by apply");
         let [sb, sh, st] = [layout.stride()[0], layout.stride()[1], layout.stride()[2]];
-        let per_row = self.table.len() == batch * time * self.n_freq && batch > 1;
+        let per_row = self.is_per_row(batch, time);
         let mut out = vec![T::zero(); batch * heads * time * head_dim];
         out.par_chunks_mut(time * head_dim).enumerate().for_each(|(bh, out)| {
             let (b, h) = (bh / heads, bh % heads);
             let first = if per_row { b * time } else { 0 };
             for (t, out) in out.chunks_exact_mut(head_dim).enumerate() {
                 let x = &x[layout.start_offset() + b * sb + h * sh + t * st..][..head_dim];
-                let turns = &self.table[(first + t) * self.n_freq..][..self.n_freq];
+                let turns = &self.table.host[(first + t) * self.n_freq..][..self.n_freq];
                 for (i, &[cos, sin]) in turns.iter().enumerate() {
                     let (cos, sin) = (T::from_f64(cos), T::from_f64(self.sign * sin));
                     let (i0, i1) = match self.pairs {
@@ -126,8 +158,22 @@ impl CustomOp1 for Rotation {
         Ok((out, layout.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let (batch, _, time, _) = layout.shape().dims4()?;
+        let turns = cuda::rope::Turns {
+            pairs: self.n_freq,
+            per_row: self.is_per_row(batch, time),
+            halves: self.pairs == Pairs::Halves,
+            sign: self.sign as f32,
+        };
+        let table = self.table.devices.on(x.device(), &self.table.host)?;
+        Ok((cuda::rope::rotate(&table, turns, x, layout)?, layout.shape().clone()))
+    }
+
     fn bwd(&self, _x: &Tensor, _res: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let back = Self { sign: -self.sign, ..self.clone() };
-        Ok(Some(grad.contiguous()?.apply_op1_no_bwd(&back)?))
+        let grad = if grad.stride()[3] == 1 { grad.clone() } else { grad.contiguous()? };
+        Ok(Some(grad.apply_op1_no_bwd(&back)?))
     }
 }

@@ -4,9 +4,11 @@
 //! - `params`: what crosses to the kernels; `params.h` is its other side;
 //! - `forward.cuh`, `backward.cuh`: kernels for everything, on any GPU from compute capability 8.0; `segments.cuh` is their softmax;
 //! - `hopper_forward.cuh`, `hopper_backward.cuh`: kernels for regular blocks of 49 to 64 on Hopper;
+//! - `rope.cu`, `rope`: rotary position embedding;
 //! - this file: the candle operation. `docs/cuda-kernels.md` tells how the kernels work and what they reach.
 
 mod params;
+pub(crate) mod rope;
 mod units;
 
 use candle_core::backend::BackendStorage;
@@ -144,13 +146,13 @@ fn strides(layout: &Layout) -> Strides {
     Strides { batch: strides[0] as i64, head: strides[1] as i64, step: strides[2] as i64 }
 }
 
-fn check(code: i32) -> candle_core::Result<()> {
+fn check(op: &str, code: i32) -> candle_core::Result<()> {
     if code == 0 {
         return Ok(());
     }
     // SAFETY: the function returns a static string for any code.
     let reason = unsafe { CStr::from_ptr(params::landmark_attention_error(code)) };
-    bail!("{OP}: CUDA error {code}: {}", reason.to_string_lossy())
+    bail!("{op}: CUDA error {code}: {}", reason.to_string_lossy())
 }
 
 impl Fused {
@@ -215,7 +217,7 @@ impl Fused {
         (params.units, params.first_unit, params.blocks, params.views) = (units, first_unit, blocks, views);
         stream.context().bind_to_thread().w()?;
         // SAFETY: the addresses are of live allocations, of the sizes that the checked call implies, on the stream's device.
-        check(unsafe { params::landmark_attention_forward(&params, stream.cu_stream().cast()) })?;
+        check(OP, unsafe { params::landmark_attention_forward(&params, stream.cu_stream().cast()) })?;
         drop((inputs, outputs, table));
         Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
     }
@@ -270,7 +272,7 @@ impl Fused {
         (params.units, params.first_unit, params.blocks, params.views) = (units, first_unit, blocks, views);
         stream.context().bind_to_thread().w()?;
         // SAFETY: as in `forward`.
-        check(unsafe { params::landmark_attention_backward(&params, stream.cu_stream().cast()) })?;
+        check(OP, unsafe { params::landmark_attention_backward(&params, stream.cu_stream().cast()) })?;
         drop((inputs, lse, gradients, scratch, table));
         let tensor = |slice, like: &Tensor| {
             let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, device.clone()));

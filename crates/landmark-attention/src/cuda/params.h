@@ -70,6 +70,19 @@ struct Params {
     int32_t reserved;
 };
 
+// A rotation of x, [batch, heads, time, 2 * pairs], into out, contiguous.
+struct RopeParams {
+    const void *x;
+    void *out;
+    const float *table;  // [time or batch * time, pairs, 2]: cosine and sine
+    Strides strides;
+    int32_t batch, heads, time, pairs;
+    int32_t per_row;     // the table has rows for each row of the batch
+    int32_t halves;      // pair i is channels i and i + pairs, not 2 i and 2 i + 1
+    int32_t dtype;
+    float sign;          // -1: back
+};
+
 // Long blocks whose statistics are held at once: what keeps their memory O(q_len).
 constexpr int LONG_BLOCKS_AT_ONCE = 16;
 
@@ -77,3 +90,4 @@ constexpr int LONG_BLOCKS_AT_ONCE = 16;
 constexpr int TOO_LITTLE_SHARED_MEMORY = 1 << 20;
 
 static_assert(sizeof(Group) == 8 && sizeof(Unit) == 88 && sizeof(Strides) == 24 && sizeof(Block) == 8 && sizeof(Params) == 272);
+static_assert(sizeof(RopeParams) == 80);

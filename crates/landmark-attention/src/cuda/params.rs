@@ -110,11 +110,30 @@ pub struct Params {
     pub reserved: i32,
 }
 
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct RopeParams {
+    pub x: u64,
+    pub out: u64,
+    pub table: u64,
+    pub strides: Strides,
+    pub batch: i32,
+    pub heads: i32,
+    pub time: i32,
+    pub pairs: i32,
+    pub per_row: i32,
+    pub halves: i32,
+    pub dtype: ElementType,
+    pub sign: f32,
+}
+
 const _: () = assert!(size_of::<Group>() == 8 && size_of::<Unit>() == 88 && size_of::<Strides>() == 24);
 const _: () = assert!(size_of::<Block>() == 8 && size_of::<Params>() == 272);
+const _: () = assert!(size_of::<RopeParams>() == 80);
 
 unsafe extern "C" {
     pub fn landmark_attention_forward(params: *const Params, stream: *mut c_void) -> c_int;
     pub fn landmark_attention_backward(params: *const Params, stream: *mut c_void) -> c_int;
+    pub fn landmark_rope(params: *const RopeParams, stream: *mut c_void) -> c_int;
     pub fn landmark_attention_error(error: c_int) -> *const c_char;
 }
