@@ -64,7 +64,7 @@ fn pg19_with_every_tokenizer() {
         [("pg19/train/1.txt", book(0..400)), ("pg19/validation/2.txt", book(7..99)), ("pg19/test/3.txt", book(5..50))];
     let dir = folder(&files);
     for (tokenizer, entries) in
-        [("--tokenizer gpt2", 50_257u32), ("--tokenizer bytes", 258), ("--train_tokenizer 300", 300)]
+        [("--tokenizer gpt2", 50_257u32), ("--tokenizer bytes", 258), ("--train_tokenizer 300 --split_digits", 300)]
     {
         let (stdout, _) = prepared(dir.path(), &format!("--dataset pg19 --data_dir pg19 {tokenizer}"));
         assert!(stdout.starts_with("data/pg19: ") && stdout.contains(" test tokens of 3 documents ("), "{stdout}");
@@ -160,6 +160,8 @@ fn bad_command_lines_say_why() {
         let text = error(dir.path(), &format!("{arguments} --out out"));
         assert!(text.contains(reason), "{arguments}: {text}");
     }
+    let alone = prepare(dir.path(), "--dataset text --data_dir a.txt --split_digits");
+    assert!(stderr(&alone).contains("--train_tokenizer"), "{}", stderr(&alone));
     let both = prepare(dir.path(), "--dataset text --data_dir a.txt --tokenizer gpt2 --train_tokenizer 300");
     assert_eq!(both.status.code(), Some(2));
     assert!(!dir.path().join("data").exists());

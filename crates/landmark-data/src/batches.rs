@@ -20,11 +20,14 @@
 //! of the blocks: a window may begin anywhere within a block. The generator is ChaCha8 with the seed as its key and the
 //! index as its stream number, so that batch `i` costs the same for every `i` and a run resumes from its step count alone.
 //! Processes that train together take disjoint indices: `index = step * processes + rank`.
+//!
+//! With [whole blocks](Batches::whole_blocks) a window begins at any token, and its landmarks are counted from there: every window
+//! begins with a whole block, as a text does that is read, and all rows have their landmarks at the same places.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use crate::{Error, Result, Stream};
+use crate::{Error, Landmarks, Result, Stream};
 
 /// The target of a position that has no loss.
 pub const IGNORE: u32 = u32::MAX;
@@ -33,12 +36,16 @@ pub const IGNORE: u32 = u32::MAX;
 const MAX_BATCH: usize = 1 << 31;
 
 /// Windows and their targets, row by row.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Batch {
     /// `rows * sequence_length` ids.
     pub inputs: Vec<u32>,
     /// As many ids, or [`IGNORE`].
     pub targets: Vec<u32>,
+    /// The weight of each target in the loss, where they are not all 1.
+    pub weights: Option<Vec<f32>>,
+    /// The number of rows, the first ones, that are [exercises](crate::exercise).
+    pub exercises: usize,
     /// The number of windows.
     pub rows: usize,
     /// The length of a window, landmarks included.
@@ -52,6 +59,7 @@ pub struct Batches {
     batch_size: usize,
     sequence_length: usize,
     end_of_text: Option<u32>,
+    blocks: Option<Blocks>,
 }
 
 impl Batches {
@@ -71,7 +79,33 @@ impl Batches {
         if stream.len() < expected {
             return Err(Error::TooShort { got: stream.len(), expected });
         }
-        Ok(Self { stream, batch_size, sequence_length, end_of_text })
+        Ok(Self { stream, batch_size, sequence_length, end_of_text, blocks: None })
+    }
+
+    /// The same with windows that begin with a whole block, wherever in the corpus they begin. The stream must insert its landmarks
+    /// at regular places.
+    pub fn whole_blocks(self) -> Result<Self> {
+        let &Landmarks::Insert { id, mem_freq } = self.stream.landmarks() else {
+            let expected = "landmarks that are inserted after every mem_freq tokens";
+            return Err(Error::Param { name: "whole_blocks", got: "other landmarks, or none".into(), expected });
+        };
+        let (mem_freq, sequence_length, end_of_text) = (mem_freq as usize, self.sequence_length, self.end_of_text);
+        let blocks = Blocks { landmark: id, mem_freq, sequence_length, end_of_text };
+        let (got, expected) = (self.stream.tokens().len(), blocks.tokens() as u64 + 1);
+        if got < expected {
+            return Err(Error::TooShort { got, expected });
+        }
+        Ok(Self { blocks: Some(blocks), ..self })
+    }
+
+    /// The rows of a batch.
+    pub fn batch_size(&self) -> usize {
+        self.batch_size
+    }
+
+    /// How windows are laid out, if they have whole blocks.
+    pub(crate) fn blocks(&self) -> Option<&Blocks> {
+        self.blocks.as_ref()
     }
 
     /// The stream that batches are drawn from.
@@ -81,39 +115,65 @@ impl Batches {
 
     /// Batch number `index` of the run with this `seed`: a pure function of the two.
     pub fn batch(&self, seed: u64, index: u64) -> Batch {
+        let mut batch = self.empty();
+        self.fill(&mut batch, seed, index);
+        batch
+    }
+
+    /// Adds windows until the batch is full.
+    pub(crate) fn fill(&self, batch: &mut Batch, seed: u64, index: u64) {
         let mut key = *b"landmark-data: windows  --------";
         key[24..].copy_from_slice(&seed.to_le_bytes());
         let mut rng = ChaCha8Rng::from_seed(key);
         rng.set_stream(index);
-        // At least 1: `new` has seen to it.
-        let starts = self.stream.len() - self.sequence_length as u64 - 1;
-        self.gather((0..self.batch_size).map(|_| below(&mut rng, starts)))
+        // At least 1: `new` and `whole_blocks` have seen to it.
+        let starts = match &self.blocks {
+            None => self.stream.len() - self.sequence_length as u64 - 1,
+            Some(blocks) => self.stream.tokens().len() - blocks.tokens() as u64,
+        };
+        let rows = self.batch_size - batch.rows;
+        self.gather(batch, (0..rows).map(|_| below(&mut rng, starts)));
     }
 
     /// The whole stream in order, in windows that follow each other without overlap, for evaluation. The last batch may
     /// have fewer rows; a rest that fills no window is left out, as the authors do.
     pub fn sequential(&self) -> impl ExactSizeIterator<Item = Batch> + '_ {
-        let window = self.sequence_length as u64;
+        let (window, len) = match &self.blocks {
+            None => (self.sequence_length as u64, self.stream.len()),
+            Some(blocks) => (blocks.tokens() as u64, self.stream.tokens().len()),
+        };
         // A window and its last target take one position more than the window.
-        let windows = (self.stream.len() - 1) / window;
+        let windows = (len - 1) / window;
         let rows = self.batch_size as u64;
         // In memory there are never more windows than a `usize` counts, but a stream over a file may be longer than that.
         let batches = usize::try_from(windows.div_ceil(rows)).unwrap_or(usize::MAX);
         (0..batches).map(move |batch| {
             let first = batch as u64 * rows;
-            self.gather((first..windows.min(first + rows)).map(|i| i * window))
+            let mut batch = self.empty();
+            self.gather(&mut batch, (first..windows.min(first + rows)).map(|i| i * window));
+            batch
         })
     }
 
-    fn gather(&self, starts: impl Iterator<Item = u64>) -> Batch {
+    /// A batch without rows.
+    pub(crate) fn empty(&self) -> Batch {
         let sequence_length = self.sequence_length;
-        let capacity = self.batch_size * sequence_length;
-        let mut batch = Batch {
-            inputs: Vec::with_capacity(capacity),
-            targets: Vec::with_capacity(capacity),
-            rows: 0,
-            sequence_length,
-        };
+        let ids = || Vec::with_capacity(self.batch_size * sequence_length);
+        Batch { inputs: ids(), targets: ids(), weights: None, exercises: 0, rows: 0, sequence_length }
+    }
+
+    /// Adds the windows that begin at these positions, or with whole blocks at these tokens.
+    fn gather(&self, batch: &mut Batch, starts: impl Iterator<Item = u64>) {
+        if let Some(blocks) = &self.blocks {
+            let mut ids = Vec::with_capacity(blocks.tokens() + 1);
+            for start in starts {
+                ids.clear();
+                ids.extend((start..=start + blocks.tokens() as u64).filter_map(|i| self.stream.tokens().get(i)));
+                blocks.lay(&ids, None, batch);
+            }
+            return;
+        }
+        let sequence_length = self.sequence_length;
         let landmark = self.stream.landmarks().id();
         let mut ids = Vec::with_capacity(sequence_length + 2);
         for start in starts {
@@ -129,13 +189,60 @@ impl Batches {
             }
             batch.rows += 1;
         }
-        batch
+    }
+}
+
+/// Windows whose blocks are counted from their first token.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Blocks {
+    landmark: u32,
+    mem_freq: usize,
+    sequence_length: usize,
+    end_of_text: Option<u32>,
+}
+
+impl Blocks {
+    /// The positions of a block.
+    pub fn len(&self) -> usize {
+        self.mem_freq + 1
+    }
+
+    /// The tokens of a window that are no landmarks.
+    pub fn tokens(&self) -> usize {
+        self.sequence_length - self.sequence_length / self.len()
+    }
+
+    /// Adds a window to a batch: one token more than it has, and the weight of each as a target, 0 for no loss.
+    pub fn lay(&self, ids: &[u32], weights: Option<&[f32]>, batch: &mut Batch) {
+        debug_assert_eq!(ids.len(), self.tokens() + 1);
+        let mut push = |input, target, weight| {
+            batch.inputs.push(input);
+            batch.targets.push(target);
+            if let Some(weights) = &mut batch.weights {
+                weights.push(weight);
+            }
+        };
+        let mut at = 0;
+        for position in 0..self.sequence_length {
+            if position % self.len() == self.mem_freq {
+                push(self.landmark, IGNORE, 0.);
+                continue;
+            }
+            let (input, target, weight) = (ids[at], ids[at + 1], weights.map_or(1., |weights| weights[at + 1]));
+            at += 1;
+            if Some(input) == self.end_of_text || weight == 0. {
+                push(input, IGNORE, 0.);
+            } else {
+                push(input, target, weight);
+            }
+        }
+        batch.rows += 1;
     }
 }
 
 /// A uniform number below `bound`, without bias (Lemire's multiplication with rejection). Written here, so that no library's
 /// next version changes which windows a seed means.
-fn below(rng: &mut impl RngCore, bound: u64) -> u64 {
+pub(crate) fn below(rng: &mut impl RngCore, bound: u64) -> u64 {
     // 2^64 mod bound: low halves under it belong to results that would come up once too often.
     let threshold = bound.wrapping_neg() % bound;
     loop {
@@ -151,7 +258,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::Landmarks;
 
     const LANDMARK: u32 = 50260;
     const END: u32 = 5;
@@ -230,6 +336,49 @@ mod tests {
         fn below_stays_below(seed: u64, bound in 1u64..) {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
             prop_assert!(below(&mut rng, bound) < bound);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whole_blocks_begin_with_a_block_anywhere(
+            corpus in prop::collection::vec(0u32..8, 60..200), mem_freq in 1u32..12, rows in 1usize..5, window in 1usize..38,
+            seed: u64, index: u64,
+        ) {
+            let plain = Stream::new(corpus.clone(), Landmarks::None).unwrap();
+            let stream = Stream::new(corpus.clone(), Landmarks::Insert { id: LANDMARK, mem_freq }).unwrap();
+            let batches = Batches::new(stream, rows, window, Some(END)).unwrap().whole_blocks().unwrap();
+            let length = mem_freq as usize + 1;
+            let tokens = window - window / length;
+            // What a stream makes of a corpus that begins at the window.
+            let expected = |start: usize| {
+                let rest = corpus[start..].to_vec();
+                let stream = Stream::new(rest, Landmarks::Insert { id: LANDMARK, mem_freq }).unwrap();
+                let mut data = stream.read(0, stream.len().min(window as u64 + 2) as usize).unwrap();
+                data.resize(window + 2, IGNORE);
+                naive(&data, 0, window)
+            };
+            let batch = batches.batch(seed, index);
+            prop_assert_eq!((batch.rows, &batch.weights, batch.exercises), (rows, &None, 0));
+            for (x, y) in batch.inputs.chunks(window).zip(batch.targets.chunks(window)) {
+                prop_assert!((0..plain.len() as usize - tokens).map(expected).any(|(a, b)| a == x && b == y));
+            }
+            let sequential: Vec<Batch> = batches.sequential().collect();
+            let windows = (corpus.len() - 1) / tokens;
+            prop_assert_eq!(sequential.iter().map(|batch| batch.rows).sum::<usize>(), windows);
+            let rows = sequential.iter().flat_map(|batch| batch.inputs.chunks(window).zip(batch.targets.chunks(window)));
+            for (i, (x, y)) in rows.enumerate() {
+                let (a, b) = expected(i * tokens);
+                prop_assert_eq!((x, y), (&a[..], &b[..]));
+            }
+        }
+    }
+
+    #[test]
+    fn whole_blocks_need_landmarks_at_regular_places() {
+        for landmarks in [Landmarks::None, Landmarks::Present { id: LANDMARK }] {
+            let batches = Batches::new(Stream::new(vec![1; 30], landmarks).unwrap(), 1, 8, None).unwrap();
+            assert!(matches!(batches.whole_blocks(), Err(Error::Param { name: "whole_blocks", .. })));
         }
     }
 

@@ -210,6 +210,14 @@ pub enum Error {
         /// The least that is needed.
         expected: u64,
     },
+    /// A window is too short for an exercise.
+    #[error("a window has {got} tokens, an exercise needs up to {expected}")]
+    ShortWindow {
+        /// The tokens of a window, and the one after it.
+        got: usize,
+        /// The least that is needed.
+        expected: usize,
+    },
     /// A range reaches past the end of a stream.
     #[error("tokens {start}..{end} of a stream of {len}")]
     OutOfRange {

@@ -35,6 +35,7 @@
 pub mod batches;
 pub mod borders;
 mod error;
+pub mod exercise;
 pub mod folder;
 mod output;
 pub mod prepare;
@@ -45,6 +46,7 @@ pub mod tokenizer;
 pub use batches::{Batch, Batches, IGNORE};
 pub use borders::{Border, BorderRule, Placer};
 pub use error::Error;
+pub use exercise::{ExerciseOptions, Exercises};
 pub use folder::{DataFolder, TEST_FILE, TOKENIZER_FILE, TRAIN_FILE, VALIDATION_FILE};
 pub use stream::{Landmarks, Stream, Tokens};
 pub use token_file::{TokenFile, TokenFileInfo, TokenWriter};

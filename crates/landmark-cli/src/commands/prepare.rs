@@ -48,6 +48,9 @@ pub struct Args {
     /// Train a byte-level BPE of N entries on the training text, end-of-text and the landmark among them
     #[arg(long, value_name = "N")]
     train_tokenizer: Option<usize>,
+    /// With --train_tokenizer: each digit is a token of its own, so that a model reads numbers digit by digit
+    #[arg(long, requires = "train_tokenizer")]
+    split_digits: bool,
     /// The folder to write [default: data/DATASET]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -89,13 +92,23 @@ enum OnError {
 
 /// Prepares.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let Args { dataset, data_dir, tokenizer, train_tokenizer, out, text_field, val_fraction, on_error, save_every } =
-        args;
+    let Args {
+        dataset,
+        data_dir,
+        tokenizer,
+        train_tokenizer,
+        split_digits,
+        out,
+        text_field,
+        val_fraction,
+        on_error,
+        save_every,
+    } = args;
     let out = out
         .unwrap_or_else(|| PathBuf::from("data").join(dataset.to_possible_value().expect("none is hidden").get_name()));
     let save_every = Duration::try_from_secs_f64(save_every).context("--save_every")?;
     let vocabulary = match train_tokenizer {
-        Some(entries) => Vocabulary::Train(entries),
+        Some(entries) => Vocabulary::Train { entries, split_digits },
         None => Vocabulary::Given(Tokenizer::named(&tokenizer).context("--tokenizer")?),
     };
     let options = Options {

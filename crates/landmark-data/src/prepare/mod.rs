@@ -89,7 +89,12 @@ pub enum Vocabulary {
     Given(Tokenizer),
     /// A byte-level BPE of so many entries, trained on the text of the training set. Of more than 512 MiB on the disk it sees a
     /// sample.
-    Train(usize),
+    Train {
+        /// The ids, end-of-text and the landmark included.
+        entries: usize,
+        /// Whether each digit is a token of its own.
+        split_digits: bool,
+    },
 }
 
 /// A data set that was found on the disk.
@@ -114,9 +119,9 @@ impl Preparation {
         out_dir: impl AsRef<Path>,
         watch: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
     ) -> Result<Progress> {
-        if let Vocabulary::Train(entries) = vocabulary {
+        if let &Vocabulary::Train { entries, .. } = vocabulary {
             // For its error, before anything is read.
-            BpeTraining::new(*entries)?;
+            BpeTraining::new(entries)?;
         }
         let mut work = Work::open(out_dir.as_ref(), self.key(vocabulary)?, self.options.on_error)?;
         if work.is_finished() {
@@ -124,10 +129,13 @@ impl Preparation {
         }
         let tokenizer = match vocabulary {
             Vocabulary::Given(tokenizer) => tokenizer.clone(),
-            Vocabulary::Train(entries) => match work.tokenizer() {
+            &Vocabulary::Train { entries, split_digits } => match work.tokenizer() {
                 Some(tokenizer) => tokenizer,
                 None => {
-                    let tokenizer = pipeline::train(&self.inputs, self.rules(), *entries, watch)?;
+                    let tokenizer = {
+                        let training = BpeTraining::new(entries)?.split_digits(split_digits);
+                        pipeline::train(&self.inputs, self.rules(), training, watch)?
+                    };
                     work.keep_tokenizer(&tokenizer)?;
                     tokenizer
                 }
@@ -159,7 +167,8 @@ impl Preparation {
         }
         let vocabulary = match vocabulary {
             Vocabulary::Given(tokenizer) => format!("{:02x?}", tokenizer.fingerprint().0),
-            Vocabulary::Train(entries) => format!("train {entries}"),
+            Vocabulary::Train { entries, split_digits: false } => format!("train {entries}"),
+            Vocabulary::Train { entries, split_digits: true } => format!("train {entries}, single digits"),
         };
         let Rules { field, config, .. } = self.rules();
         hasher.update(format!("{vocabulary} {field:?} {config:?}"));

@@ -77,8 +77,12 @@ pub(super) fn encode(
 }
 
 /// Trains a tokenizer on the training set of the inputs, or on a sample of it.
-pub(super) fn train(inputs: &[Input], rules: Rules<'_>, entries: usize, watch: Watch<'_>) -> Result<Tokenizer> {
-    let mut training = BpeTraining::new(entries)?;
+pub(super) fn train(
+    inputs: &[Input],
+    rules: Rules<'_>,
+    mut training: BpeTraining,
+    watch: Watch<'_>,
+) -> Result<Tokenizer> {
     let bytes_total: u64 = inputs.iter().map(Input::len).sum();
     for_each_batch(inputs, rules, Place::default(), |batch| {
         let of_texts = batch.actions.iter().filter(|(_, done)| matches!(done, Done::Text));

@@ -23,7 +23,7 @@ use tokenizers::{DecoderWrapper, ModelWrapper, PreTokenizerWrapper};
 
 pub use decoder::Decoder;
 pub use train::BpeTraining;
-use words::WordCaches;
+use words::{Digits, WordCaches};
 
 use crate::folder::TOKENIZER_FILE;
 use crate::{Error, Result, output};
@@ -87,7 +87,7 @@ struct HuggingFace {
     landmark: Option<u32>,
     /// Whether a token is a run of bytes, independent of its neighbours.
     byte_level: bool,
-    /// For a tokenizer that cuts a text into GPT-2's words and does nothing else to it.
+    /// For a tokenizer that cuts a text into GPT-2's words, perhaps between single digits, and does nothing else to it.
     words: Option<WordCaches>,
 }
 
@@ -325,23 +325,31 @@ impl HuggingFace {
             end_of_text: END_OF_TEXT_TOKENS.iter().find_map(|token| inner.token_to_id(token)),
             landmark: inner.token_to_id(LANDMARK_TOKEN),
             byte_level: matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_))),
-            words: cuts_into_words(&inner).then(WordCaches::default),
+            words: cuts_into_words(&inner).map(WordCaches::new),
             ordinary: inner,
             special: OnceLock::new(),
         })
     }
 }
 
-/// Whether the ids of a text are those of its [words](words::Words), one after another.
-fn cuts_into_words(tokenizer: &tokenizers::Tokenizer) -> bool {
-    let pattern = match tokenizer.get_pre_tokenizer() {
-        Some(PreTokenizerWrapper::ByteLevel(level)) => level.use_regex && !level.add_prefix_space,
+/// Whether the ids of a text are those of its [words](words::Words), one after another, and what the words make of digits.
+fn cuts_into_words(tokenizer: &tokenizers::Tokenizer) -> Option<Digits> {
+    let gpt2 = |pattern: &PreTokenizerWrapper| match pattern {
+        PreTokenizerWrapper::ByteLevel(level) => level.use_regex && !level.add_prefix_space,
         _ => false,
+    };
+    let digits = match tokenizer.get_pre_tokenizer()? {
+        PreTokenizerWrapper::Sequence(steps) => match steps.as_ref() {
+            [PreTokenizerWrapper::Digits(digits), words] if digits.individual_digits && gpt2(words) => Digits::Single,
+            _ => return None,
+        },
+        words if gpt2(words) => Digits::Together,
+        _ => return None,
     };
     let model = matches!(tokenizer.get_model(), ModelWrapper::BPE(bpe) if bpe.dropout.is_none());
     // Special tokens are ordinary text here, others are looked for in the text before it is cut.
     let special = tokenizer.get_added_tokens_decoder().values().all(|token| token.special);
-    pattern && model && special && tokenizer.get_normalizer().is_none()
+    (model && special && tokenizer.get_normalizer().is_none()).then_some(digits)
 }
 
 fn encode_one(tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<Vec<u32>> {

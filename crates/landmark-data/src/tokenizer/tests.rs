@@ -234,6 +234,39 @@ fn only_a_tokenizer_of_words_is_taken_for_one() {
     assert!(!words(&|json| json["pre_tokenizer"] = Value::Null));
 }
 
+#[test]
+fn digits_are_split_where_the_file_says_so() {
+    let text = "In 1984 and 1985 the number was 48213, x\u{b2} and 7 7. ".repeat(9);
+    let train = |split| {
+        let mut training = BpeTraining::new(300).unwrap().split_digits(split);
+        training.add(&[&text]);
+        training.finish().unwrap()
+    };
+    let (single, together) = (train(true), train(false));
+    assert!(together.encode(" 1984").unwrap().len() < 5);
+    let pieces =
+        |text| single.encode(text).unwrap().iter().map(|&id| single.decode(&[id]).unwrap()).collect::<Vec<_>>();
+    assert_eq!(pieces(" 48213."), [" ", "4", "8", "2", "1", "3", "."]);
+    assert_eq!(single.encode(&text).unwrap(), library(&single, &text));
+    assert_eq!(single.decode(&single.encode(&text).unwrap()).unwrap(), text);
+    proptest!(|(text in "([a-z]{1,9}|[ \n]{1,3}|[0-9\u{b2}\u{bd}\u{664}]{0,3}|[.,'!?-]|'(s|re)|\\PC){0,40}")| {
+        for _ in 0..2 {
+            prop_assert_eq!(single.encode(&text).unwrap(), library(&single, &text));
+        }
+    });
+    let digits = |change: &dyn Fn(&mut Value)| {
+        let mut json: Value = serde_json::from_slice(&single.json).unwrap();
+        change(&mut json["pre_tokenizer"]["pretokenizers"]);
+        let tokenizer = Tokenizer::from_json(json.to_string().as_bytes()).unwrap();
+        let Kind::HuggingFace(hf) = &tokenizer.kind else { panic!("not the library's") };
+        hf.words.is_some()
+    };
+    assert!(digits(&|_| {}));
+    assert!(!digits(&|steps| steps[0]["individual_digits"] = false.into()));
+    assert!(!digits(&|steps| steps[1]["use_regex"] = false.into()));
+    assert!(!digits(&|steps| steps.as_array_mut().unwrap().reverse()));
+}
+
 fn trained(entries: usize, texts: &[&str]) -> Tokenizer {
     let mut training = BpeTraining::new(entries).unwrap();
     for batch in texts.chunks(2) {

@@ -4,10 +4,13 @@ use ahash::AHashMap;
 use compact_str::CompactString;
 use rayon::prelude::*;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::digits;
+use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::{AddedToken, TokenizerBuilder};
 
-use super::words::Words;
+use super::words::{Digits, Words};
 use super::{END_OF_TEXT_TOKENS, LANDMARK_TOKEN, Tokenizer, byte_level};
 use crate::{Error, Result};
 
@@ -24,7 +27,7 @@ const MAX_TEXT: usize = i32::MAX as usize;
 /// What occurs once is not worth an entry.
 const MIN_FREQUENCY: u64 = 2;
 
-/// Trains a byte-level BPE with GPT-2's pattern on the texts that it is given. The same texts in the same batches give the same
+/// Trains a byte-level BPE with GPT-2's pattern, on request with each digit a token of its own, on the texts that it is given. The same texts in the same batches give the same
 /// tokenizer, whatever the number of threads.
 ///
 /// Ids are the 256 bytes (in the order of their letters), the merges, then end-of-text (`<|endoftext|>`) and `<landmark>`, which
@@ -32,6 +35,7 @@ const MIN_FREQUENCY: u64 = 2;
 #[derive(Debug)]
 pub struct BpeTraining {
     entries: usize,
+    digits: Digits,
     counts: AHashMap<CompactString, u64>,
     bytes: usize,
 }
@@ -43,7 +47,12 @@ impl BpeTraining {
             let expected = "at least 258 (the bytes, end-of-text and the landmark) and at most 16777216";
             return Err(Error::Param { name: "train_tokenizer", got: entries.to_string(), expected });
         }
-        Ok(Self { entries, counts: AHashMap::new(), bytes: 0 })
+        Ok(Self { entries, digits: Digits::Together, counts: AHashMap::new(), bytes: 0 })
+    }
+
+    /// Whether each digit is to be a token of its own, so that all numbers of so many digits have as many tokens.
+    pub fn split_digits(self, split: bool) -> Self {
+        Self { digits: if split { Digits::Single } else { Digits::Together }, ..self }
     }
 
     /// Learns from texts, on all cores. `false`: there were enough before, and these were not looked at.
@@ -53,8 +62,9 @@ impl BpeTraining {
             return false;
         }
         self.bytes += bytes;
+        let digits = self.digits;
         let counted = texts.par_iter().fold(AHashMap::new, |mut counts: AHashMap<&str, u64>, text| {
-            for word in Words::of(text.as_ref()).filter(|word| word.len() <= MAX_WORD) {
+            for word in Words::of(text.as_ref(), digits).filter(|word| word.len() <= MAX_WORD) {
                 *counts.entry(word).or_default() += 1;
             }
             counts
@@ -97,9 +107,14 @@ impl BpeTraining {
         let mut model = BPE::default();
         trainer.do_train(&spelled, &mut model).map_err(failed)?;
         drop(spelled);
+        let words = ByteLevel::new(false, true, true);
+        let pattern: PreTokenizerWrapper = match self.digits {
+            Digits::Together => words.into(),
+            Digits::Single => Sequence::new(vec![digits::Digits::new(true).into(), words.into()]).into(),
+        };
         let mut tokenizer: tokenizers::Tokenizer = TokenizerBuilder::default()
             .with_model(model)
-            .with_pre_tokenizer(Some(ByteLevel::new(false, true, true)))
+            .with_pre_tokenizer(Some(pattern))
             .with_normalizer(None::<tokenizers::NormalizerWrapper>)
             .with_post_processor(Some(ByteLevel::new(true, false, true)))
             .with_decoder(Some(ByteLevel::new(true, true, true)))

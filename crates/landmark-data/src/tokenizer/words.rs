@@ -1,4 +1,5 @@
-//! The words of GPT-2's pattern, found without a regular expression, and a cache of their ids.
+//! The words of GPT-2's pattern, found without a regular expression, and a cache of their ids. Where digits are split, each is a
+//! word of its own, and the pattern applies to the text between them.
 //!
 //! A byte-level tokenizer cuts a text into words and encodes each by itself. The `tokenizers` library is the definition of both,
 //! and spends nearly all of its time on the first and on words it has seen. So the words are found here in one pass, and the
@@ -42,12 +43,41 @@ static CLASSES: LazyLock<Vec<Class>> = LazyLock::new(|| {
 /// `'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`.
 pub(super) struct Words<'t> {
     classes: &'static [Class],
+    /// Up to the next digit, where digits are split.
     rest: &'t str,
+    /// What comes after it.
+    later: &'t str,
+    digits: Digits,
+}
+
+/// What becomes of digits, which are all characters with a number's value.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Digits {
+    /// They are characters like any other: those of a number are one word.
+    #[default]
+    Together,
+    /// Each is a word.
+    Single,
 }
 
 impl<'t> Words<'t> {
-    pub(super) fn of(text: &'t str) -> Self {
-        Self { classes: &CLASSES, rest: text }
+    pub(super) fn of(text: &'t str, digits: Digits) -> Self {
+        let (rest, later) = match digits {
+            Digits::Together => (text, ""),
+            Digits::Single => ("", text),
+        };
+        Self { classes: &CLASSES, rest, later, digits }
+    }
+
+    /// Goes on behind the text that has been cut: with a digit, or with what is before the next one.
+    fn refill(&mut self) -> Option<()> {
+        let first = self.later.chars().next()?;
+        let end = match first.is_numeric() {
+            true => first.len_utf8(),
+            false => self.later.find(char::is_numeric).unwrap_or(self.later.len()),
+        };
+        (self.rest, self.later) = self.later.split_at(end);
+        Some(())
     }
 
     /// The class and the length of the character at `at`.
@@ -101,6 +131,9 @@ impl<'t> Iterator for Words<'t> {
     type Item = &'t str;
 
     fn next(&mut self) -> Option<&'t str> {
+        if self.rest.is_empty() && self.digits == Digits::Single {
+            self.refill()?;
+        }
         let (word, rest) = self.rest.split_at(self.len()?);
         self.rest = rest;
         Some(word)
@@ -108,8 +141,10 @@ impl<'t> Iterator for Words<'t> {
 }
 
 /// Caches of the ids of words. A thread takes one for as long as it encodes a text.
-#[derive(Default)]
-pub(super) struct WordCaches(Mutex<Vec<Cache>>);
+pub(super) struct WordCaches {
+    digits: Digits,
+    caches: Mutex<Vec<Cache>>,
+}
 
 #[derive(Default)]
 struct Cache {
@@ -119,14 +154,18 @@ struct Cache {
 }
 
 impl WordCaches {
+    pub(super) fn new(digits: Digits) -> Self {
+        Self { digits, caches: Mutex::default() }
+    }
+
     /// The ids of `text`, where `encode` gives those of a word.
     pub(super) fn encode(&self, text: &str, encode: impl Fn(&str) -> Result<Vec<u32>>) -> Result<Vec<u32>> {
         // Whoever panicked with the lock held was between two caches, which are whole.
-        let pool = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let pool = || self.caches.lock().unwrap_or_else(PoisonError::into_inner);
         let mut cache = pool().pop().unwrap_or_default();
         // A token of English has some four bytes.
         let mut ids = Vec::with_capacity(text.len() / 4 + 1);
-        for word in Words::of(text) {
+        for word in Words::of(text, self.digits) {
             match cache.words.get(word) {
                 Some(&(start, end)) => ids.extend_from_slice(&cache.ids[start as usize..end as usize]),
                 None => {
@@ -161,20 +200,30 @@ impl Cache {
 mod tests {
     use proptest::prelude::*;
     use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+    use tokenizers::pre_tokenizers::digits;
     use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
 
     use super::*;
 
     /// The words that the library finds.
-    fn theirs(text: &str) -> Vec<&str> {
+    fn theirs(text: &str, digits: Digits) -> Vec<&str> {
         let mut cut = PreTokenizedString::from(text);
+        if digits == Digits::Single {
+            digits::Digits::new(true).pre_tokenize(&mut cut).unwrap();
+        }
         ByteLevel::new(false, true, true).pre_tokenize(&mut cut).unwrap();
         let splits = cut.get_splits(OffsetReferential::Original, OffsetType::Byte);
         splits.into_iter().map(|(_, (start, end), _)| &text[start..end]).collect()
     }
 
-    fn ours(text: &str) -> Vec<&str> {
-        Words::of(text).collect()
+    fn ours(text: &str, digits: Digits) -> Vec<&str> {
+        Words::of(text, digits).collect()
+    }
+
+    fn check(text: &str) {
+        for digits in [Digits::Together, Digits::Single] {
+            assert_eq!(ours(text, digits), theirs(text, digits), "{text:?} {digits:?}");
+        }
     }
 
     #[test]
@@ -184,42 +233,48 @@ mod tests {
             (0..=0x10_ffff).filter_map(char::from_u32).flat_map(|c| ['a', c, 'b', c, '1', c, ' ']).collect();
         for part in all.as_bytes().chunks(1 << 16) {
             let part = String::from_utf8_lossy(part);
-            assert_eq!(ours(&part), theirs(&part));
+            check(&part);
         }
     }
 
     #[test]
     fn contractions_and_spaces() {
         let text = "I'll say: it's  the \n\n\tdog's!' 'tis we've'd 'RE\u{a0}x \u{3000} y3²4   ";
-        assert_eq!(ours(text), theirs(text));
-        assert_eq!(ours("we've  been\n\n\nhere  "), ["we", "'ve", " ", " been", "\n\n", "\n", "here", "  "]);
-        assert!(ours("").is_empty());
+        check(text);
+        check("");
+        let together = |text| ours(text, Digits::Together);
+        assert_eq!(together("we've  been\n\n\nhere  "), ["we", "'ve", " ", " been", "\n\n", "\n", "here", "  "]);
+        assert_eq!(together("is 4821."), ["is", " 4821", "."]);
+        assert_eq!(
+            ours("is 482  1.x\u{b2}", Digits::Single),
+            ["is", " ", "4", "8", "2", "  ", "1", ".", "x", "\u{b2}"]
+        );
     }
 
     proptest! {
         #[test]
         fn the_words_are_the_library_s(text in "([a-z']{0,3}|[ \n\t]{0,3}|[0-9.!]{0,2}|'(s|re|ll|ve|x)|[\u{e9}\u{a0}\u{2003}\u{301}\u{4e2d}\u{1f600}]){0,30}") {
-            prop_assert_eq!(ours(&text), theirs(&text));
+            check(&text);
         }
 
         #[test]
         fn so_are_those_of_any_text(text: String) {
-            prop_assert_eq!(ours(&text), theirs(&text));
-            prop_assert_eq!(ours(&text).concat(), text);
+            check(&text);
+            prop_assert_eq!(ours(&text, Digits::Single).concat(), text);
         }
     }
 
     #[test]
     fn a_full_cache_starts_anew() {
-        let caches = WordCaches::default();
+        let caches = WordCaches::new(Digits::Together);
         let length = |word: &str| Ok(vec![word.len() as u32]);
         let text: String = (0..CACHED_WORDS as u32 + 10)
             .map(|i| format!(" {}", "x".repeat(i as usize % 7) + &i.to_string()))
             .collect();
-        let expected: Vec<u32> = Words::of(&text).map(|word| word.len() as u32).collect();
+        let expected: Vec<u32> = Words::of(&text, Digits::Together).map(|word| word.len() as u32).collect();
         for _ in 0..2 {
             assert_eq!(caches.encode(&text, length).unwrap(), expected);
         }
-        assert!(caches.0.lock().unwrap()[0].words.len() <= CACHED_WORDS);
+        assert!(caches.caches.lock().unwrap()[0].words.len() <= CACHED_WORDS);
     }
 }

@@ -171,7 +171,7 @@ fn bad_options_are_errors_and_leave_nothing() {
     assert!(matches!(prepare(options(&dir, Dataset::Text, &["none"]), &out), Err(Error::Io { .. })));
     assert!(matches!(prepare(options(&dir, Dataset::Text, &["empty"]), &out), Err(Error::NoText { .. })));
     let preparation = Preparation::find(options(&dir, Dataset::Text, &["a.txt"])).unwrap();
-    let few = preparation.run(&Vocabulary::Train(257), &out, &mut go_on);
+    let few = preparation.run(&Vocabulary::Train { entries: 257, split_digits: false }, &out, &mut go_on);
     assert!(matches!(few, Err(Error::Param { name: "train_tokenizer", .. })));
     assert!(!out.exists());
 }

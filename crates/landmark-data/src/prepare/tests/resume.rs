@@ -38,7 +38,7 @@ fn copy_work(from: &Path, to: &Path) {
 #[test]
 fn stopped_and_killed_preparations_give_the_same_files() {
     let dir = large();
-    for vocabulary in [bytes(), Vocabulary::Train(300)] {
+    for vocabulary in [bytes(), Vocabulary::Train { entries: 300, split_digits: false }] {
         let options = Options { save_every: Duration::ZERO, ..options(&dir, Dataset::ArxivMath, &["."]) };
         let preparation = Preparation::find(options).unwrap();
         let out = TempDir::new().unwrap();
@@ -159,7 +159,10 @@ fn threads_change_nothing() {
         let out = TempDir::new().unwrap();
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let preparation = Preparation::find(options(&dir, Dataset::ArxivMath, &["."])).unwrap();
-        pool.install(|| preparation.run(&Vocabulary::Train(320), out.path(), &mut go_on)).unwrap();
+        pool.install(|| {
+            preparation.run(&Vocabulary::Train { entries: 320, split_digits: false }, out.path(), &mut go_on)
+        })
+        .unwrap();
         files(out.path())
     });
     assert!(one == three);
