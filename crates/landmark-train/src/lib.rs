@@ -68,5 +68,5 @@ pub use optimizer::{Gradients, Method, Optimizer};
 pub use process::Process;
 pub use run::{Event, Limits, Outcome, Sample, Writing, train};
 pub use schedule::{Anneal, Schedule};
-pub use settings::Settings;
+pub use settings::{Precision, Settings};
 pub use trainer::{Evaluation, Step, Trainer, evaluate};

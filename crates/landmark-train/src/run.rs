@@ -8,9 +8,11 @@ use crate::logs::{Logs, Wandb};
 use crate::settings::Settings;
 use crate::trainer::{Evaluation, Step, Trainer, evaluate};
 use candle_core::{DType, Device};
+use landmark_data::Batch;
 use landmark_models::gpt::Gpt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
 /// Batches of an evaluation, as in the reference. They are the same ones each time, so that evaluations compare.
@@ -108,7 +110,7 @@ pub fn train(
         Some(found) => resume(settings, device, found, observe)?,
         None => {
             let model = Gpt::init(&settings.model, settings.seed, DType::F32, device)?;
-            (Trainer::new(settings, model)?, History::default())
+            (Trainer::new(settings, model.with_activations(settings.precision.dtype())?)?, History::default())
         }
     };
     let deadline = limits.time.and_then(|time| begun.checked_add(time));
@@ -139,7 +141,12 @@ fn resume(
     observe: &mut dyn FnMut(Event),
 ) -> Result<(Trainer, History)> {
     let Found { path, iteration, state, .. } = found;
-    let trainer = Trainer::load(settings, Gpt::load(&path, device)?, &path, iteration)?;
+    let trainer = Trainer::load(
+        settings,
+        Gpt::load(&path, device)?.with_activations(settings.precision.dtype())?,
+        &path,
+        iteration,
+    )?;
     observe(Event::Note(format!("resuming from {}", path.display())));
     Ok((trainer, state.history))
 }
@@ -157,11 +164,23 @@ struct Loop<'a, 'l> {
 }
 
 impl Loop<'_, '_> {
-    /// To the last iteration, or to where it is stopped.
-    fn run(mut self) -> Result<Outcome> {
+    /// To the last iteration, or to where it is stopped. A thread makes the batches of the next step during this one.
+    fn run(self) -> Result<Outcome> {
+        let Settings { seed, acc_steps, iterations, .. } = *self.settings;
+        let [first, end] = [self.trainer.iteration(), iterations].map(|step| step as u64 * acc_steps as u64);
+        let train = &self.data.train;
+        std::thread::scope(|scope| {
+            let (made, ahead) = mpsc::sync_channel(acc_steps);
+            // Nobody receives any more: the run was stopped.
+            scope.spawn(move || (first..end).try_for_each(|index| made.send(train.batch(seed, index))).is_ok());
+            self.steps(&ahead)
+        })
+    }
+
+    fn steps(mut self, ahead: &Receiver<Batch>) -> Result<Outcome> {
         (self.observe)(Event::Begin(self.trainer.iteration(), self.settings.iterations));
         while self.trainer.iteration() < self.settings.iterations {
-            self.step()?;
+            self.step(ahead)?;
             let iteration = self.trainer.iteration();
             if self.is_due(self.settings.eval_freq) {
                 self.evaluate()?;
@@ -195,11 +214,9 @@ impl Loop<'_, '_> {
         self.experiment.as_mut().map_or(Ok(()), |experiment| log(experiment.logs()))
     }
 
-    fn step(&mut self) -> Result<()> {
+    fn step(&mut self, ahead: &Receiver<Batch>) -> Result<()> {
         let begun = Instant::now();
-        let Settings { seed, acc_steps, .. } = *self.settings;
-        let first = self.trainer.iteration() as u64 * acc_steps as u64;
-        let batches = (0..acc_steps as u64).map(|micro| self.data.train.batch(seed, first + micro));
+        let batches = ahead.iter().take(self.settings.acc_steps);
         let step = self.trainer.step(batches)?;
         let (iteration, took) = (self.trainer.iteration(), begun.elapsed());
         (self.observe)(Event::Step(iteration, &step, took));

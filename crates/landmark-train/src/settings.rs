@@ -4,10 +4,31 @@ use crate::error::{Error, Result};
 use crate::optimizer::Method;
 use crate::process::Process;
 use crate::schedule::{Anneal, Schedule};
+use candle_core::DType;
 use landmark_models::gpt::{GptConfig, Variant};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::Path;
+
+/// What the activations of a training step are; parameters, their gradients and sums are float32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Like the parameters.
+    #[default]
+    Float32,
+    /// The reference's autocast, on a GPU.
+    BFloat16,
+}
+
+impl Precision {
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            Self::Float32 => DType::F32,
+            Self::BFloat16 => DType::BF16,
+        }
+    }
+}
 
 /// The settings of a run, resolved: what the command line, the data and the defaults came to. They are stored in every
 /// checkpoint. The fields are named as the flags of the command line.
@@ -19,6 +40,9 @@ pub struct Settings {
     /// How a model reads the tokens of a batch.
     #[serde(default)]
     pub optimization_process: Process,
+    /// What activations are.
+    #[serde(default)]
+    pub precision: Precision,
     /// Windows in a batch.
     pub batch_size: usize,
     /// Batches in a step; their gradients are added up.
@@ -56,6 +80,7 @@ impl Settings {
         Self {
             model,
             optimization_process: Process::Landmark,
+            precision: Precision::Float32,
             batch_size: 50,
             acc_steps: 4,
             seed: 2,

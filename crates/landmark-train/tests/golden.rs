@@ -33,17 +33,17 @@ fn batch(run: &HashMap<String, Tensor>, step: usize) -> Batch {
     let (rows, sequence_length) = run["inputs"].get(step).unwrap().dims2().unwrap();
     let inputs = ids("inputs").into_iter().map(|id| id as u32).collect();
     let targets = ids("targets").into_iter().map(|id| u32::try_from(id).unwrap_or(IGNORE)).collect();
-    Batch { inputs, targets, rows, sequence_length }
+    Batch { inputs, targets, weights: None, exercises: 0, rows, sequence_length }
 }
 
-fn check(dtype: DType, tolerance: f64) {
+fn check(dtype: DType, device: &Device, tolerance: f64) {
     let run = golden("gpt_train_25_steps");
     let losses = run["losses"].to_vec1::<f64>().unwrap();
     let settings = settings(losses.len());
     let weights = golden("gpt_landmark_forward");
-    let weights = weights
-        .iter()
-        .filter_map(|(name, tensor)| Some((name.strip_prefix("param.")?.to_string(), tensor.to_dtype(dtype).unwrap())));
+    let weights = weights.iter().filter_map(|(name, tensor)| {
+        Some((name.strip_prefix("param.")?.to_string(), tensor.to_dtype(dtype).unwrap().to_device(device).unwrap()))
+    });
     let model = Gpt::from_tensors(&settings.model, weights.collect()).unwrap();
     let mut trainer = Trainer::new(&settings, model).unwrap();
     for (step, expected) in losses.iter().enumerate() {
@@ -52,7 +52,7 @@ fn check(dtype: DType, tolerance: f64) {
     }
     let mut compared = 0;
     for (name, var) in trainer.model().parameters() {
-        let ours = var.as_detached_tensor().to_dtype(DType::F64).unwrap();
+        let ours = var.as_detached_tensor().to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
         let difference = (ours - &run[&format!("final.{name}")]).unwrap().abs().unwrap().flatten_all().unwrap();
         let difference = difference.max(0).unwrap().to_scalar::<f64>().unwrap();
         assert!(difference < tolerance, "{name} differs by {difference}");
@@ -63,10 +63,19 @@ fn check(dtype: DType, tolerance: f64) {
 
 #[test]
 fn losses_and_weights_are_the_authors_in_f64() {
-    check(DType::F64, 1e-9);
+    check(DType::F64, &Device::Cpu, 1e-9);
 }
 
 #[test]
 fn losses_and_weights_are_the_authors_in_f32() {
-    check(DType::F32, 1e-4);
+    check(DType::F32, &Device::Cpu, 1e-4);
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn losses_and_weights_are_the_authors_on_a_gpu() {
+    match Device::new_cuda(0) {
+        Ok(gpu) => check(DType::F32, &gpu, 1e-4),
+        Err(error) => eprintln!("skipped: no GPU here ({error})"),
+    }
 }

@@ -49,7 +49,7 @@ fn batch(total: usize) -> Batch {
     let inputs: Vec<u32> = ids.chunks(total + 1).flat_map(row(0)).collect();
     let mut targets: Vec<u32> = ids.chunks(total + 1).flat_map(row(1)).collect();
     targets[1] = IGNORE;
-    Batch { inputs, targets, rows: ROWS, sequence_length: total }
+    Batch { inputs, targets, weights: None, exercises: 0, rows: ROWS, sequence_length: total }
 }
 
 /// Attention over whole rows in which token i sees itself, those before it in its window, and `cache` tokens before that.

@@ -13,7 +13,9 @@ use clap::Parser;
 use flags::{Dtype, Flags, Model, Opt, OptimizationProcess, Scheduler, text};
 use landmark_data::Tokenizer;
 use landmark_models::gpt::{Gpt, GptConfig, MlpKind, Norm, Placement, PositionalEncoder, SoftmaxFunc, Variant};
-use landmark_train::{Anneal, Corpus, Data, Limits, Method, Outcome, Process, Sample, Settings, Vocabulary, Wandb};
+use landmark_train::{
+    Anneal, Corpus, Data, Limits, Method, Outcome, Precision, Process, Sample, Settings, Vocabulary, Wandb,
+};
 use progress::Progress;
 use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
@@ -64,7 +66,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let Args { flags } = args;
     refused::check(&flags)?;
     let time = time_limit(&flags)?;
-    let device = flags.device.open_cpu("training")?;
+    let device = flags.device.open()?;
     let experiment = experiment_folder(&flags)?;
     if landmark_train::is_finished(&experiment) {
         println!("Already found experiment {}: it is finished.", experiment.display());
@@ -116,7 +118,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 fn plan(flags: &Flags, device: Device, experiment: PathBuf) -> anyhow::Result<Plan> {
     let corpus = corpus(flags)?;
     let vocabulary = corpus.vocabulary(flags.vocab_size)?;
-    let settings = settings(flags, &vocabulary);
+    let settings = settings(flags, &vocabulary, &device)?;
     settings.check()?;
     let data = corpus.batches(&settings)?;
     Ok(Plan { settings, data, device, experiment })
@@ -185,7 +187,7 @@ fn time_limit(flags: &Flags) -> anyhow::Result<Option<Duration>> {
     flags.time_limit.map(Duration::try_from_secs_f64).transpose().context("--time_limit")
 }
 
-fn settings(flags: &Flags, vocabulary: &Vocabulary) -> Settings {
+fn settings(flags: &Flags, vocabulary: &Vocabulary, device: &Device) -> anyhow::Result<Settings> {
     let model = GptConfig {
         vocab_size: vocabulary.size,
         landmark_id: vocabulary.landmark_id,
@@ -238,8 +240,14 @@ fn settings(flags: &Flags, vocabulary: &Vocabulary) -> Settings {
         // Without its numbers transformer_xl was refused before.
         _ => Process::Landmark,
     };
-    Settings {
+    let precision = match (device, flags.dtype) {
+        (Device::Cpu, _) | (_, Dtype::Float32) => Precision::Float32,
+        (_, Dtype::BFloat16) => Precision::BFloat16,
+        (_, Dtype::Float16) => bail!("--dtype torch.float16: its gradients vanish; use torch.bfloat16"),
+    };
+    Ok(Settings {
         model,
+        precision,
         optimization_process,
         batch_size: flags.batch_size,
         acc_steps: flags.acc_steps,
@@ -262,14 +270,14 @@ fn settings(flags: &Flags, vocabulary: &Vocabulary) -> Settings {
         eval_freq: flags.eval_freq,
         save_checkpoint_freq: flags.save_checkpoint_freq,
         keep_checkpoints: flags.keep_checkpoints,
-    }
+    })
 }
 
 /// What a user should know before the first step.
 fn notes(flags: &Flags, plan: &Plan) -> Vec<String> {
     let mut notes = vec![format!("experiment {}", plan.experiment.display())];
     notes.extend(flags.device.note(&plan.device));
-    if flags.dtype != Dtype::Float32 {
+    if plan.device.is_cpu() && flags.dtype != Dtype::Float32 {
         notes.push(format!(
             "--dtype {}: on the CPU training runs in float32, as the reference's does",
             text(flags.dtype)

@@ -172,10 +172,10 @@ pub enum DistributedBackend {
 /// `--dtype`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Dtype {
-    /// The CPU trains in float32
+    /// Activations in bfloat16 on a GPU
     #[value(name = "torch.bfloat16")]
     BFloat16,
-    /// The CPU trains in float32
+    /// Refused on a GPU
     #[value(name = "torch.float16")]
     Float16,
     /// float32
@@ -229,7 +229,8 @@ pub struct Flags {
     /// Stop after so many seconds, with a checkpoint to resume from
     #[arg(long, value_name = "SECONDS")]
     pub time_limit: Option<f64>,
-    /// What the reference's GPUs train in. On the CPU training runs in float32 whatever this says, in the reference and here
+    /// The activations on a GPU: torch.bfloat16 or torch.float32. Parameters, gradients, sums and the residual stream are float32. On
+    /// the CPU training runs in float32 whatever this says, in the reference and here
     #[arg(long, value_enum, default_value_t = Dtype::BFloat16, hide_possible_values = true)]
     pub dtype: Dtype,
 
