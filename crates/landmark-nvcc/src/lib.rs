@@ -21,10 +21,14 @@ pub const HOPPER: &[&str] = &["-gencode=arch=compute_90a,code=sm_90a"];
 /// nvcc is missing or fails: a build script has no other way to say so.
 pub fn compile(library: &str, folder: &str, units: &[(&str, &[&str])]) {
     println!("cargo:rerun-if-changed=build.rs");
+    let mut headers = Vec::new();
     for entry in fs::read_dir(folder).unwrap_or_else(|error| panic!("{folder}: {error}")) {
         let path = entry.unwrap_or_else(|error| panic!("{folder}: {error}")).path();
         if path.extension().is_some_and(|extension| ["cu", "cuh", "h"].iter().any(|kernel| extension == *kernel)) {
             println!("cargo:rerun-if-changed={}", path.display());
+            if path.extension().is_some_and(|extension| extension != "cu") {
+                headers.push(path);
+            }
         }
     }
     for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "LIBRARY_PATH"] {
@@ -46,9 +50,10 @@ pub fn compile(library: &str, folder: &str, units: &[(&str, &[&str])]) {
             let source = Path::new(folder).join(name).with_extension("cu");
             let object = out.join(name).with_extension("o");
             let mut command = Command::new(&nvcc);
-            command.args(["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-c"]).arg(source).arg("-o").arg(&object);
+            command.args(["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-c"]).arg(&source).arg("-o").arg(&object);
             command.args(*architectures);
-            (thread::spawn(move || run(command)), object)
+            let sources = [&headers[..], &[source]].concat();
+            (thread::spawn(move || compile_if_older(command, &sources)), object)
         })
         .collect();
     let mut archive = Command::new(&nvcc);
@@ -74,6 +79,24 @@ pub fn compile(library: &str, folder: &str, units: &[(&str, &[&str])]) {
     for library in ["cudart", "stdc++"] {
         println!("cargo:rustc-link-lib={library}");
     }
+}
+
+/// Runs the command, whose last argument but the architectures is the object, unless it was run as it is since its sources changed: a
+/// change of one kernel need not compile all.
+fn compile_if_older(command: Command, sources: &[PathBuf]) {
+    let done =
+        command.get_args().skip_while(|arg| *arg != "-o").nth(1).map(|object| Path::new(object).with_extension("done"));
+    let done = done.expect("the command has an object");
+    let modified = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+    let line = format!("{command:?}");
+    let newest = sources.iter().map(|source| modified(source)).max().flatten();
+    if modified(&done) > newest && fs::read_to_string(&done).is_ok_and(|last| last == line) {
+        return;
+    }
+    // A failure must not leave an older success behind.
+    let _ = fs::remove_file(&done);
+    run(command);
+    fs::write(&done, line).unwrap_or_else(|error| panic!("{}: {error}", done.display()));
 }
 
 fn run(mut command: Command) {
