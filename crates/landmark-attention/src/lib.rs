@@ -27,6 +27,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod error;
+pub mod outside;
 mod params;
 pub mod reference;
 pub mod retrieval;
@@ -66,11 +67,40 @@ pub fn landmark_attention_with_lse(
     v: &Tensor,
     params: &LandmarkParams,
 ) -> Result<(Tensor, Tensor)> {
+    attend(q, k, v, params, None)
+}
+
+/// [`landmark_attention`] of queries that also see keys [`outside`](mod@outside) the window, which have no values: one more term in the sum of
+/// the outer softmax. `outside` holds the log-sum-exp of each query's scores for them, `[batch, heads, q_len]` in f32 (f64 for f64), minus
+/// infinity where there are none; gradients flow to it too.
+///
+/// # Errors
+/// Those of [`landmark_attention`].
+pub fn landmark_attention_with_outside(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    params: &LandmarkParams,
+    outside: &Tensor,
+) -> Result<Tensor> {
+    Ok(attend(q, k, v, params, Some(outside))?.0)
+}
+
+fn attend(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    params: &LandmarkParams,
+    outside: Option<&Tensor>,
+) -> Result<(Tensor, Tensor)> {
     let call = call::Call::check(q, k, v, params)?;
+    if let Some(outside) = outside {
+        outside::check(&call, q, outside)?;
+    }
     match q.device() {
-        Device::Cpu => Ok(cpu::attend(call, q, k, v)?),
+        Device::Cpu => Ok(cpu::attend(call, q, k, v, outside)?),
         #[cfg(feature = "cuda")]
-        Device::Cuda(_) => cuda::attend(call, q, k, v),
+        Device::Cuda(_) => cuda::attend(call, q, k, v, outside),
         other => {
             let expected = if cfg!(feature = "cuda") { "the CPU or an NVIDIA GPU" } else { "the CPU" };
             let expected = format!("{expected}: no other device has kernels in this build");

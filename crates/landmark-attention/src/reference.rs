@@ -17,7 +17,7 @@
 use candle_core::{D, DType, Device, Tensor};
 
 use crate::call::Call;
-use crate::{LandmarkParams, Result, Softmax};
+use crate::{Error, LandmarkParams, Result, Softmax};
 
 /// Attention of `q` `[B, H, T, D]` over `k`, `v` `[B, kv_heads, S, D]`, the queries being the last `T` of the `S` positions;
 /// returns `[B, H, T, D]`. Errors are those of [`landmark_attention`](fn@crate::landmark_attention); dropout is refused.
@@ -41,6 +41,25 @@ pub fn landmark_attention_with_context_miss(
     let call = Call::check(q, k, v, params)?;
     call.refuse_dropout()?;
     attend(&call, q, k, v, Some((miss_score, controlled)))
+}
+
+/// [`landmark_attention`] with keys outside the window, see
+/// [`landmark_attention_with_outside`](crate::landmark_attention_with_outside): one more candidate of the outer softmax, without a value. The
+/// grouped softmax alone.
+pub fn landmark_attention_with_outside(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    params: &LandmarkParams,
+    outside: &Tensor,
+) -> Result<Tensor> {
+    if params.softmax != Softmax::Grouped {
+        let (op, got) = ("reference::landmark_attention_with_outside", format!("{:?}", params.softmax));
+        return Err(Error::Param { op, name: "softmax", got, expected: "the grouped one" });
+    }
+    // Which is what a context-miss token is that controls no landmark.
+    let controlled = Tensor::zeros((k.dims()[0], k.dims()[2]), DType::U8, k.device())?;
+    landmark_attention_with_context_miss(q, k, v, params, &outside.unsqueeze(D::Minus1)?, &controlled)
 }
 
 fn attend(call: &Call, q: &Tensor, k: &Tensor, v: &Tensor, miss: Option<(&Tensor, &Tensor)>) -> Result<Tensor> {

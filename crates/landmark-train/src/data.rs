@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::process::Process;
 use crate::settings::Settings;
-use landmark_data::{Batches, Border, BorderRule, DataFolder, Landmarks, Stream, Tokenizer, Tokens};
+use landmark_data::{Batch, Batches, Border, BorderRule, DataFolder, Exercises, Landmarks, Stream, Tokenizer, Tokens};
 use landmark_models::gpt::{GptConfig, Placement};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -38,6 +38,8 @@ pub struct Vocabulary {
 pub struct Data {
     /// To train on.
     pub train: Batches,
+    /// The same with exercises among the rows, if the run has some.
+    pub exercises: Option<Exercises>,
     /// To evaluate on.
     pub validation: Option<Batches>,
     /// What made the tokens, to be kept with the model.
@@ -116,18 +118,31 @@ impl Corpus {
         let batches = |name: &str, tokens: Tokens| -> Result<Batches> {
             let landmarks = landmarks(name, &tokens, landmark_id, mem_freq, rule.clone())?;
             let stream = Stream::new(tokens, landmarks)?;
-            Batches::new(stream, settings.batch_size, row_length, end_of_text).map_err(|error| match error {
+            let batches = Batches::new(stream, settings.batch_size, row_length, end_of_text);
+            let whole = |batches: Batches| if settings.whole_blocks { batches.whole_blocks() } else { Ok(batches) };
+            batches.and_then(whole).map_err(|error| match error {
                 error @ landmark_data::Error::TooShort { .. } => {
                     Error::setting(flag, format!("{row_length} is too long for the {name} data: {error}"))
                 }
-                other => other.into(),
+                other => named(other),
             })
         };
         let validation = match self.validation.is_empty() {
             true => None,
             false => Some(batches("validation", self.validation)?),
         };
-        Ok(Data { train: batches("training", self.train)?, validation, tokenizer: self.tokenizer })
+        let train = batches("training", self.train)?;
+        let exercises = match (settings.exercises, &self.tokenizer) {
+            (None, _) => None,
+            (Some(options), Some(tokenizer)) => {
+                Some(Exercises::new(train.clone(), tokenizer.clone(), options).map_err(named)?)
+            }
+            (Some(_), None) => {
+                let message = "exercises are text, and the data have no tokenizer.json: name it with --tokenizer";
+                return Err(Error::setting("exercise_rows", message));
+            }
+        };
+        Ok(Data { train, exercises, validation, tokenizer: self.tokenizer })
     }
 }
 
@@ -171,7 +186,26 @@ fn landmarks(
     }
 }
 
+/// An error about a parameter, by the name of its flag.
+fn named(error: landmark_data::Error) -> Error {
+    match error {
+        landmark_data::Error::Param { name, got, expected } => {
+            Error::setting(name, format!("{got}, expected {expected}"))
+        }
+        error @ landmark_data::Error::ShortWindow { .. } => Error::setting("sequence_length", error),
+        other => other.into(),
+    }
+}
+
 impl Data {
+    /// Batch number `index` to train on: a pure function of it and the seed.
+    pub fn batch(&self, seed: u64, index: u64) -> Result<Batch> {
+        match &self.exercises {
+            Some(exercises) => Ok(exercises.batch(seed, index)?),
+            None => Ok(self.train.batch(seed, index)),
+        }
+    }
+
     pub(crate) fn identity(&self) -> Identity {
         Identity {
             train_tokens: self.train.stream().len(),

@@ -5,7 +5,7 @@ use candle_core::{Device, Tensor};
 use landmark_attention::Dropout;
 use landmark_data::{Batch, IGNORE};
 use landmark_memory::XlCache;
-use landmark_models::gpt::{Gpt, WindowAttention};
+use landmark_models::gpt::{Gpt, NegativeRows, WindowAttention};
 use serde::{Deserialize, Serialize};
 
 /// How a model reads a batch.
@@ -27,21 +27,24 @@ pub enum Process {
 }
 
 impl Process {
-    /// Runs a model over a batch. `each` is given the hidden states `[B, T, C]` and the targets `[B, T]` of every window that has targets,
-    /// in order. `seed` is that of a training step.
+    /// Runs a model over a batch. `each` is given the hidden states `[B, T, C]`, the targets `[B, T]` and their weights `[B, T]`, if the batch has
+    /// any, of every window that has targets, in order. `seed` is that of a training step, and `negatives` are for one.
     pub(crate) fn read(
         &self,
         model: &Gpt,
         batch: &Batch,
         seed: Option<u64>,
-        mut each: impl FnMut(&Tensor, &Tensor) -> Result<()>,
+        negatives: Option<NegativeRows>,
+        mut each: impl FnMut(&Tensor, &Tensor, Option<&Tensor>) -> Result<()>,
     ) -> Result<()> {
         let config = model.config();
         let length = batch.sequence_length;
         let &Self::TransformerXl { mem_cache_size, .. } = self else {
             let window = Window::new(batch, 0, length)?;
-            let mut attention = WindowAttention::new(config, &window.ids, seed)?;
-            return each(&model.hidden(&window.ids, &mut attention, seed)?, &window.targets);
+            let negatives = negatives.map(|negatives| (negatives, batch.exercises));
+            let mut attention = WindowAttention::with_negatives(config, &window.ids, seed, negatives)?;
+            let hidden = model.hidden(&window.ids, &mut attention, seed)?;
+            return each(&hidden, &window.targets, window.weights.as_ref());
         };
         let mut cache = XlCache::new(config.n_layer, mem_cache_size, config.rope());
         for (index, from) in (0..length).step_by(config.sequence_length).enumerate() {
@@ -51,7 +54,7 @@ impl Process {
             cache.set_dropout(seed.filter(|_| weights > 0.).map(|seed| Dropout { weights, groups: 0., seed }));
             let hidden = model.hidden(&window.ids, &mut cache, seed)?;
             if window.has_targets {
-                each(&hidden, &window.targets)?;
+                each(&hidden, &window.targets, window.weights.as_ref())?;
             }
         }
         Ok(())
@@ -62,18 +65,23 @@ impl Process {
 struct Window {
     ids: Tensor,
     targets: Tensor,
+    weights: Option<Tensor>,
     has_targets: bool,
 }
 
 impl Window {
     fn new(batch: &Batch, from: usize, to: usize) -> Result<Self> {
-        let columns = |ids: &[u32]| -> Vec<u32> {
-            ids.chunks(batch.sequence_length).flat_map(|row| &row[from..to]).copied().collect()
-        };
-        let (ids, targets) = (columns(&batch.inputs), columns(&batch.targets));
+        fn columns<T: Copy>(batch: &Batch, of: &[T], from: usize, to: usize) -> Vec<T> {
+            of.chunks(batch.sequence_length).flat_map(|row| &row[from..to]).copied().collect()
+        }
+        let ids = |of: &[u32]| columns(batch, of, from, to);
+        let (ids, targets) = (ids(&batch.inputs), ids(&batch.targets));
         let has_targets = targets.iter().any(|&target| target != IGNORE);
-        let tensor = |ids: Vec<u32>| Tensor::from_vec(ids, (batch.rows, to - from), &Device::Cpu);
-        Ok(Self { ids: tensor(ids)?, targets: tensor(targets)?, has_targets })
+        let shape = (batch.rows, to - from);
+        let weights = batch.weights.as_ref().map(|weights| columns(batch, weights, from, to));
+        let weights = weights.map(|weights| Tensor::from_vec(weights, shape, &Device::Cpu)).transpose()?;
+        let tensor = |ids: Vec<u32>| Tensor::from_vec(ids, shape, &Device::Cpu);
+        Ok(Self { ids: tensor(ids)?, targets: tensor(targets)?, weights, has_targets })
     }
 }
 

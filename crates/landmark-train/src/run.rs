@@ -168,16 +168,16 @@ impl Loop<'_, '_> {
     fn run(self) -> Result<Outcome> {
         let Settings { seed, acc_steps, iterations, .. } = *self.settings;
         let [first, end] = [self.trainer.iteration(), iterations].map(|step| step as u64 * acc_steps as u64);
-        let train = &self.data.train;
+        let data = self.data;
         std::thread::scope(|scope| {
             let (made, ahead) = mpsc::sync_channel(acc_steps);
             // Nobody receives any more: the run was stopped.
-            scope.spawn(move || (first..end).try_for_each(|index| made.send(train.batch(seed, index))).is_ok());
+            scope.spawn(move || (first..end).try_for_each(|index| made.send(data.batch(seed, index))).is_ok());
             self.steps(&ahead)
         })
     }
 
-    fn steps(mut self, ahead: &Receiver<Batch>) -> Result<Outcome> {
+    fn steps(mut self, ahead: &Receiver<Result<Batch>>) -> Result<Outcome> {
         (self.observe)(Event::Begin(self.trainer.iteration(), self.settings.iterations));
         while self.trainer.iteration() < self.settings.iterations {
             self.step(ahead)?;
@@ -214,9 +214,9 @@ impl Loop<'_, '_> {
         self.experiment.as_mut().map_or(Ok(()), |experiment| log(experiment.logs()))
     }
 
-    fn step(&mut self, ahead: &Receiver<Batch>) -> Result<()> {
+    fn step(&mut self, ahead: &Receiver<Result<Batch>>) -> Result<()> {
         let begun = Instant::now();
-        let batches = ahead.iter().take(self.settings.acc_steps);
+        let batches = ahead.iter().take(self.settings.acc_steps).collect::<Result<Vec<_>>>()?;
         let step = self.trainer.step(batches)?;
         let (iteration, took) = (self.trainer.iteration(), begun.elapsed());
         (self.observe)(Event::Step(iteration, &step, took));

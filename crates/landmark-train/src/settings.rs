@@ -5,7 +5,8 @@ use crate::optimizer::Method;
 use crate::process::Process;
 use crate::schedule::{Anneal, Schedule};
 use candle_core::DType;
-use landmark_models::gpt::{GptConfig, Variant};
+use landmark_data::ExerciseOptions;
+use landmark_models::gpt::{GptConfig, NegativeRows, SoftmaxFunc, Variant};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::Path;
@@ -43,6 +44,15 @@ pub struct Settings {
     /// What activations are.
     #[serde(default)]
     pub precision: Precision,
+    /// Whether windows begin with a whole block, wherever in the corpus they begin. The paper's begin anywhere in a block.
+    #[serde(default)]
+    pub whole_blocks: bool,
+    /// Retrieval exercises among the rows; the paper trains without.
+    #[serde(default)]
+    pub exercises: Option<ExerciseOptions>,
+    /// Landmarks of other rows in the outer softmax; the paper trains without.
+    #[serde(default)]
+    pub negatives: Option<NegativeRows>,
     /// Windows in a batch.
     pub batch_size: usize,
     /// Batches in a step; their gradients are added up.
@@ -81,6 +91,9 @@ impl Settings {
             model,
             optimization_process: Process::Landmark,
             precision: Precision::Float32,
+            whole_blocks: false,
+            exercises: None,
+            negatives: None,
             batch_size: 50,
             acc_steps: 4,
             seed: 2,
@@ -145,6 +158,7 @@ impl Settings {
                 return Err(Error::setting("optimization_process", message));
             }
         }
+        self.check_retrieval()?;
         let within = |flag, value: f64, allowed: bool, range| {
             let message = || format!("{value} is outside its range, expected {range}");
             if allowed { Ok(()) } else { Err(Error::setting(flag, message())) }
@@ -162,6 +176,24 @@ impl Settings {
             within("beta2", beta2, (0. ..1.).contains(&beta2), "at least 0 and below 1")?;
         }
         Ok(())
+    }
+
+    /// What teaches retrieval beside the text itself.
+    fn check_retrieval(&self) -> Result<()> {
+        let (is_xl, model) = (self.optimization_process != Process::Landmark, &self.model);
+        let exercises = self.exercises.as_ref().map_or(0, |options| options.rows(self.batch_size));
+        if self.whole_blocks && is_xl {
+            return Err(Error::setting("whole_blocks", "the rows of transformer_xl have no blocks"));
+        }
+        if self.exercises.is_some() && !self.whole_blocks {
+            return Err(Error::setting("exercise_rows", "exercises need --whole_blocks"));
+        }
+        let Some(negatives) = &self.negatives else { return Ok(()) };
+        if model.model != Variant::Landmark || model.softmax_func != SoftmaxFunc::MemOpt || is_xl {
+            let message = "only --model landmark with --softmax_func mem_opt chooses blocks by their landmarks";
+            return Err(Error::setting("negative_rows", message));
+        }
+        Ok(negatives.check(model, self.batch_size, exercises)?)
     }
 
     /// Refuses to go on from a checkpoint of a run that other settings decided.

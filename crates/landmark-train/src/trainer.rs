@@ -7,7 +7,7 @@ use crate::schedule::Schedule;
 use crate::settings::Settings;
 use candle_core::{DType, Tensor};
 use landmark_data::Batch;
-use landmark_models::gpt::Gpt;
+use landmark_models::gpt::{Gpt, NegativeRows};
 use std::path::Path;
 
 /// A model in training, its optimizer, and how far they are.
@@ -16,6 +16,7 @@ pub struct Trainer {
     optimizer: Optimizer,
     schedule: Schedule,
     process: Process,
+    negatives: Option<NegativeRows>,
     seed: u64,
     iteration: usize,
 }
@@ -55,7 +56,8 @@ impl Trainer {
         settings.check()?;
         let optimizer = Optimizer::new(model.parameters(), settings.opt, settings.weight_decay, settings.grad_clip)?;
         let (schedule, process) = (settings.schedule(), settings.optimization_process);
-        Ok(Self { model, optimizer, schedule, process, seed: settings.seed, iteration: 0 })
+        let Settings { negatives, seed, .. } = *settings;
+        Ok(Self { model, optimizer, schedule, process, negatives, seed, iteration: 0 })
     }
 
     /// One step on the sum of the gradients of these batches.
@@ -67,8 +69,8 @@ impl Trainer {
         for (micro, batch) in batches.into_iter().enumerate() {
             // Seeds all that is random in training.
             let seed = mix(mix(self.seed, self.iteration as u64), micro as u64);
-            self.process.read(&self.model, &batch, Some(seed), |hidden, targets| {
-                let window_loss = self.model.loss(hidden, targets, None)?;
+            self.process.read(&self.model, &batch, Some(seed), self.negatives, |hidden, targets, weights| {
+                let window_loss = self.model.loss(hidden, targets, weights)?;
                 self.optimizer.accumulate(&mut gradients, &mut window_loss.backward()?)?;
                 losses.push(window_loss.detach());
                 Ok(())
@@ -124,7 +126,7 @@ pub fn evaluate(model: &Gpt, process: Process, batches: impl IntoIterator<Item =
     let model = model.detached();
     let (mut loss, mut windows, mut correct, mut targets) = (0., 0, 0, 0);
     for batch in batches {
-        process.read(&model, &batch, None, |hidden, target_ids| {
+        process.read(&model, &batch, None, None, |hidden, target_ids, _| {
             let scores = model.token_scores(hidden, target_ids)?;
             let scores = || scores.iter().flatten();
             let window_targets = scores().count();

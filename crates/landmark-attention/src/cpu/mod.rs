@@ -26,6 +26,7 @@ use rayon::prelude::*;
 
 use crate::Softmax;
 use crate::call::Call;
+use crate::outside::{self, Joined};
 use dropout::Draw;
 use forward::{QUERIES_PER_TILE, Steps, TileInput};
 use lanes::Real;
@@ -200,6 +201,7 @@ fn add_rows<T: Real>(sum: &mut [T], padded: &[T], head_dim: usize) {
 struct Fused {
     call: Call,
     lse: Arc<OnceLock<CpuStorage>>,
+    joined: Joined,
 }
 
 impl Fused {
@@ -213,6 +215,12 @@ impl Fused {
     }
 
     fn backward<T: Real + WithDType>(&self, tensors: [&Tensor; 5]) -> candle_core::Result<[Tensor; 3]> {
+        let joined = self.joined.take();
+        let joined_lse = joined.as_ref().map(|[_, lse]| lse.flatten_all()?.to_vec1::<T>()).transpose()?;
+        let mut tensors = tensors;
+        if let Some([out, _]) = &joined {
+            tensors[3] = out;
+        }
         let guards = tensors.map(|t| t.storage_and_layout());
         let mut slices = Vec::with_capacity(5);
         for (storage, layout) in &guards {
@@ -223,9 +231,10 @@ impl Fused {
         }
         let [q, k, v, out, dout] = [0, 1, 2, 3, 4].map(|i| Heads::new(slices[i].0, slices[i].1));
         let problem = Problem::new(&self.call, q, k, v);
-        let lse = match self.lse.get() {
-            Some(lse) => lse.as_slice::<T>()?,
-            None => candle_core::bail!("landmark_attention: backward without forward"),
+        let lse = match (&joined_lse, self.lse.get()) {
+            (Some(lse), _) => lse,
+            (None, Some(lse)) => lse.as_slice::<T>()?,
+            (None, None) => candle_core::bail!("landmark_attention: backward without forward"),
         };
         let [dq, dk, dv] = Arch::new().dispatch(Backward { problem: &problem, out: out.data, lse, dout });
         let device = tensors[0].device();
@@ -283,8 +292,15 @@ impl CustomOp3 for Fused {
 }
 
 /// Runs the fused kernels on tensors of any supported type: outputs `[batch, heads, q_len, head_dim]`, differentiable, and
-/// natural log-sum-exps `[batch, heads, q_len]` of the outer softmax in f32 (f64 for f64), which are not.
-pub(crate) fn attend(call: Call, q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
+/// natural log-sum-exps `[batch, heads, q_len]` of the outer softmax in f32 (f64 for f64), which are not; both with the keys
+/// [outside](crate::outside), if there are some.
+pub(crate) fn attend(
+    call: Call,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    outside: Option<&Tensor>,
+) -> candle_core::Result<(Tensor, Tensor)> {
     let dtype = q.dtype();
     let compute = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     let operand = |x: &Tensor| {
@@ -293,11 +309,16 @@ pub(crate) fn attend(call: Call, q: &Tensor, k: &Tensor, v: &Tensor) -> candle_c
     };
     let (q, k, v) = (operand(q)?, operand(k)?, operand(v)?);
     let (lse, shape) = (Arc::new(OnceLock::new()), (call.batch, call.heads, call.q_len));
-    let out = q.apply_op3(&k, &v, Fused { call, lse: lse.clone() })?;
+    let joined = Joined::default();
+    let out = q.apply_op3(&k, &v, Fused { call, lse: lse.clone(), joined: joined.clone() })?;
     let lse = match lse.get() {
         Some(CpuStorage::F32(lse)) => Tensor::from_slice(lse, shape, q.device())?,
         Some(CpuStorage::F64(lse)) => Tensor::from_slice(lse, shape, q.device())?,
         _ => candle_core::bail!("landmark_attention: the forward pass left no log-sum-exp"),
+    };
+    let [out, lse] = match outside {
+        Some(outside) => outside::join(&out, &lse, outside, joined)?,
+        None => [out, lse],
     };
     Ok((out.to_dtype(dtype)?, lse))
 }

@@ -5,8 +5,10 @@
 //! - `forward.cuh`, `backward.cuh`: kernels for everything, on any GPU from compute capability 8.0; `segments.cuh` is their softmax;
 //! - `hopper_forward.cuh`, `hopper_backward.cuh`: kernels for regular blocks of 49 to 64 on Hopper;
 //! - `rope.cu`, `rope`: rotary position embedding;
+//! - `outside`: keys outside the window;
 //! - this file: the candle operation. `docs/cuda-kernels.md` tells how the kernels work and what they reach.
 
+pub(crate) mod outside;
 mod params;
 pub(crate) mod rope;
 mod units;
@@ -22,6 +24,7 @@ use half::{bf16, f16};
 use std::ffi::CStr;
 
 use crate::call::Call;
+use crate::outside::{Joined, join};
 use crate::{Error, Result, Softmax};
 use params::{ElementType, LONG_BLOCKS_AT_ONCE, Params, ROWS, Strides};
 use units::{BlockList, Units, regular_block};
@@ -31,8 +34,14 @@ const OP: &str = "landmark_attention";
 const MAX_HEAD_DIM: usize = 256;
 
 /// Runs the fused kernels: outputs `[batch, heads, q_len, head_dim]`, differentiable, and natural log-sum-exps `[batch, heads, q_len]`
-/// of the outer softmax in f32.
-pub(crate) fn attend(call: Call, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+/// of the outer softmax in f32; both with the keys [outside](crate::outside), if there are some.
+pub(crate) fn attend(
+    call: Call,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    outside: Option<&Tensor>,
+) -> Result<(Tensor, Tensor)> {
     if q.dtype() == DType::F64 {
         let expected = "f32, bf16 or f16 on a GPU".to_string();
         return Err(Error::DType { op: OP, tensor: "q", got: q.dtype(), expected });
@@ -55,8 +64,12 @@ pub(crate) fn attend(call: Call, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(
     let table = Table::new(&call, device)?;
     // SAFETY: the kernel writes every element before anything reads it.
     let lse = unsafe { Tensor::empty((call.batch, call.heads, call.q_len), DType::F32, q.device())? };
-    let out = q.apply_op3(&k, &v, Fused { call, lse: lse.clone(), table })?;
-    Ok((out, lse))
+    let joined = Joined::default();
+    let out = q.apply_op3(&k, &v, Fused { call, lse: lse.clone(), table, joined: joined.clone() })?;
+    match outside {
+        Some(outside) => Ok(join(&out, &lse, outside, joined)?.into()),
+        None => Ok((out, lse)),
+    }
 }
 
 fn rows_contiguous(x: &Tensor) -> candle_core::Result<Tensor> {
@@ -122,6 +135,7 @@ struct Fused {
     call: Call,
     lse: Tensor,
     table: Table,
+    joined: Joined,
 }
 
 /// An element type that has kernels.
@@ -224,8 +238,9 @@ impl Fused {
 
     /// Gradients of q, k and v, contiguous.
     fn backward<T: Element>(&self, tensors: [&Tensor; 5]) -> candle_core::Result<[Tensor; 3]> {
-        let guards =
-            [tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], &self.lse].map(Tensor::storage_and_layout);
+        let joined = self.joined.take();
+        let (out, lse) = joined.as_ref().map_or((tensors[3], &self.lse), |[out, lse]| (out, lse));
+        let guards = [tensors[0], tensors[1], tensors[2], out, tensors[4], lse].map(Tensor::storage_and_layout);
         let mut storages = Vec::with_capacity(guards.len());
         for (storage, layout) in &guards {
             match &**storage {

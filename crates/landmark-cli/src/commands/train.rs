@@ -11,8 +11,10 @@ use anyhow::{Context, bail};
 use candle_core::Device;
 use clap::Parser;
 use flags::{Dtype, Flags, Model, Opt, OptimizationProcess, Scheduler, text};
-use landmark_data::Tokenizer;
-use landmark_models::gpt::{Gpt, GptConfig, MlpKind, Norm, Placement, PositionalEncoder, SoftmaxFunc, Variant};
+use landmark_data::{ExerciseOptions, Tokenizer};
+use landmark_models::gpt::{
+    Gpt, GptConfig, MlpKind, NegativeRows, Norm, Placement, PositionalEncoder, SoftmaxFunc, Variant,
+};
 use landmark_train::{
     Anneal, Corpus, Data, Limits, Method, Outcome, Precision, Process, Sample, Settings, Vocabulary, Wandb,
 };
@@ -249,6 +251,18 @@ fn settings(flags: &Flags, vocabulary: &Vocabulary, device: &Device) -> anyhow::
         model,
         precision,
         optimization_process,
+        whole_blocks: flags.whole_blocks,
+        exercises: (flags.exercise_rows != 0.).then_some(ExerciseOptions {
+            exercise_rows: flags.exercise_rows,
+            answer_weight: flags.answer_weight,
+            several_facts: flags.several_facts,
+            asked_again: flags.asked_again,
+        }),
+        negatives: (flags.negative_rows > 0).then_some(NegativeRows {
+            negative_rows: flags.negative_rows,
+            negative_share: flags.negative_share,
+            negative_top_k: flags.negative_top_k,
+        }),
         batch_size: flags.batch_size,
         acc_steps: flags.acc_steps,
         seed: flags.seed,

@@ -2,12 +2,14 @@
 
 use candle_core::{Device, Tensor};
 use landmark_attention::{
-    Attend, Dropout, LandmarkParams, Landmarks, Rotation, Softmax, landmark_attention, reference,
+    Attend, Dropout, LandmarkParams, Landmarks, Rotation, Softmax, landmark_attention, landmark_attention_with_outside,
+    reference,
 };
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use super::config::{GptConfig, PositionalEncoder, SoftmaxFunc, Variant};
+use super::negatives::{NegativeRows, Negatives};
 use crate::ops::{self, mix64};
 use crate::{Error, Result};
 
@@ -23,6 +25,7 @@ pub struct WindowAttention {
     params: LandmarkParams,
     seed: u64,
     miss: Option<ContextMiss>,
+    negatives: Option<Negatives>,
 }
 
 /// What a context-miss token adds.
@@ -38,6 +41,17 @@ impl WindowAttention {
     /// For the windows `ids` `[B, T]` (u32), T at most the configuration's `sequence_length`. With a seed this is a training step, and what is
     /// random in training is drawn from it: attention dropout, jumps of the positions, control by the context-miss token.
     pub fn new(config: &GptConfig, ids: &Tensor, seed: Option<u64>) -> Result<Self> {
+        Self::with_negatives(config, ids, seed, None)
+    }
+
+    /// [`WindowAttention::new`] for a training step in which rows see the landmarks of others as [`NegativeRows`] says, in a batch whose first
+    /// so many rows are exercises.
+    pub fn with_negatives(
+        config: &GptConfig,
+        ids: &Tensor,
+        seed: Option<u64>,
+        negatives: Option<(NegativeRows, usize)>,
+    ) -> Result<Self> {
         config.validate()?;
         let &[batch, time] = ids.dims() else {
             return Err(Error::Shape {
@@ -82,7 +96,13 @@ impl WindowAttention {
             }
             _ => None,
         };
-        Ok(Self { batch, time, rotation, params, seed: seed.unwrap_or(0), miss })
+        let negatives = match (negatives, seed) {
+            (Some((options, exercises)), Some(seed)) => {
+                Negatives::new(&options, config, &is_landmark, time, exercises, seed)?
+            }
+            _ => None,
+        };
+        Ok(Self { batch, time, rotation, params, seed: seed.unwrap_or(0), miss, negatives })
     }
 
     /// The parameters for a layer: each draws its own dropout.
@@ -105,7 +125,12 @@ impl Attend for WindowAttention {
         }
         let params = self.params(layer);
         let Some(miss) = &self.miss else {
-            return Ok(landmark_attention(&self.rotation.apply(q)?, &self.rotation.apply(k)?, v, &params)?);
+            let (rotated_q, rotated_k) = (self.rotation.apply(q)?, self.rotation.apply(k)?);
+            let Some(negatives) = &self.negatives else {
+                return Ok(landmark_attention(&rotated_q, &rotated_k, v, &params)?);
+            };
+            let outside = negatives.outside(q, k, params.scale.unwrap_or(1. / (dim as f64).sqrt()))?;
+            return Ok(landmark_attention_with_outside(&rotated_q, &rotated_k, v, &params, &outside)?);
         };
         // Row 0 is the token. It asks for nothing and has no value: its key is one more candidate of every query.
         let rest = |x: &Tensor| x.narrow(2, 1, rows - 1);
@@ -173,7 +198,7 @@ const JUMPS: u64 = 0x6a75_6d70;
 const CONTROL: u64 = 0x6d69_7373;
 
 /// A number below `n`; the bias of the multiplication is under 2^-32.
-fn below(rng: &mut ChaCha8Rng, n: u64) -> u64 {
+pub(super) fn below(rng: &mut ChaCha8Rng, n: u64) -> u64 {
     ((rng.next_u64() as u128 * n as u128) >> 64) as u64
 }
 

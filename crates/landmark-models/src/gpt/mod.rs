@@ -5,8 +5,10 @@ mod attention;
 mod config;
 mod load;
 mod model;
+mod negatives;
 mod parameters;
 
 pub use attention::WindowAttention;
 pub use config::{GptConfig, MlpKind, Norm, Placement, PositionalEncoder, SoftmaxFunc, Variant};
 pub use model::Gpt;
+pub use negatives::NegativeRows;

@@ -3,7 +3,10 @@
 use crate::args::{NoneOr, none_or, truth};
 use crate::device::DeviceChoice;
 use clap::{Args, ValueEnum};
+use landmark_data::ExerciseOptions;
 use std::path::PathBuf;
+
+const RETRIEVAL: &str = "Training to retrieve (the paper's own training has none of it)";
 
 /// A choice as the command line spells it.
 pub fn text(choice: impl ValueEnum) -> String {
@@ -298,6 +301,31 @@ pub struct Flags {
     /// With landmark_with_cmt: the share of landmarks that the context-miss token does not weigh, or None
     #[arg(long, value_name = "N", value_parser = none_or::<f64>, default_value = "0.0", help_heading = "Model")]
     pub under_rem_score_prob: NoneOr<f64>,
+
+    /// Windows begin with a whole block, wherever in the text they begin, as texts do that are read; on GPUs also the faster kernels
+    #[arg(long, help_heading = RETRIEVAL)]
+    pub whole_blocks: bool,
+    /// The share of a batch's rows into which a retrieval exercise is planted: facts, and later questions about them; needs --whole_blocks
+    #[arg(long, value_name = "SHARE", default_value_t = 0., help_heading = RETRIEVAL)]
+    pub exercise_rows: f64,
+    /// What the tokens of an answer weigh in the loss; others weigh 1
+    #[arg(long, value_name = "N", default_value_t = ExerciseOptions::default().answer_weight, help_heading = RETRIEVAL)]
+    pub answer_weight: f64,
+    /// The share of exercises with two to five facts
+    #[arg(long, value_name = "SHARE", default_value_t = ExerciseOptions::default().several_facts, help_heading = RETRIEVAL)]
+    pub several_facts: f64,
+    /// The share of exercises that ask two to five times, first near, then ever farther away
+    #[arg(long, value_name = "SHARE", default_value_t = ExerciseOptions::default().asked_again, help_heading = RETRIEVAL)]
+    pub asked_again: f64,
+    /// Rows of plain text whose landmarks queries of other rows see as well, without values: they learn to tell thousands of blocks apart
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = RETRIEVAL)]
+    pub negative_rows: usize,
+    /// The share of the other rows that see them
+    #[arg(long, value_name = "SHARE", default_value_t = 0.5, help_heading = RETRIEVAL)]
+    pub negative_share: f64,
+    /// The blocks that a query is to retrieve in inference, which decides from how far away they are seen
+    #[arg(long, value_name = "N", default_value_t = 4, help_heading = RETRIEVAL)]
+    pub negative_top_k: usize,
 
     /// How a model reads the tokens of a batch
     #[arg(long, value_enum, default_value_t = OptimizationProcess::Landmark, help_heading = "Transformer-XL training")]

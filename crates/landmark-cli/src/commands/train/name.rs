@@ -67,6 +67,14 @@ fn settings(flags: &Flags) -> Vec<(&'static str, String)> {
         ("norm", text(flags.norm)),
         ("mlp", text(flags.mlp)),
         ("qk_norm", truth(flags.qk_norm).into()),
+        ("whole_blocks", truth(flags.whole_blocks).into()),
+        ("exercise_rows", float(flags.exercise_rows)),
+        ("answer_weight", float(flags.answer_weight)),
+        ("several_facts", float(flags.several_facts)),
+        ("asked_again", float(flags.asked_again)),
+        ("negative_rows", flags.negative_rows.to_string()),
+        ("negative_share", float(flags.negative_share)),
+        ("negative_top_k", flags.negative_top_k.to_string()),
     ];
     settings.map(|(key, value)| (key, sane(&value))).into()
 }

@@ -4,6 +4,7 @@ use super::flags::{
     DistributedBackend, Flags, LmCache, Model, Opt, OptimizationProcess, PositionalEncoder, Refused, SoftmaxFunc,
 };
 use anyhow::bail;
+use landmark_data::ExerciseOptions;
 
 const INFERENCE: &str =
     "training reads no cache and the evaluation in it is of single windows; it is a flag of inference";
@@ -11,6 +12,8 @@ const XL: &str = "it belongs to --optimization_process transformer_xl";
 const ADAMW: &str = "it belongs to --opt adamw";
 const BASE: &str = "--model base_rotary has no blocks, and always a plain softmax";
 const SAMPLES: &str = "it needs --sample_freq N";
+const EXERCISES: &str = "it needs --exercise_rows SHARE";
+const NEGATIVES: &str = "it needs --negative_rows N";
 const CMT: &str = "only --model landmark_with_cmt has a context-miss token";
 
 /// Refuses what cannot be done.
@@ -32,6 +35,7 @@ pub fn check(flags: &Flags) -> anyhow::Result<()> {
     let is_xl = flags.optimization_process == OptimizationProcess::TransformerXl;
     let is_base = flags.model == Model::BaseRotary;
     let no_samples = flags.sample_freq.is_none();
+    let (no_exercises, default) = (flags.exercise_rows == 0., ExerciseOptions::default());
     let refusals = [
         (
             "distributed_backend nccl",
@@ -52,6 +56,11 @@ pub fn check(flags: &Flags) -> anyhow::Result<()> {
         ("sample_prompt", no_samples && flags.sample_prompt.is_some(), SAMPLES),
         ("sample_tokens", no_samples && flags.sample_tokens != 64, SAMPLES),
         ("sample_temperature", no_samples && flags.sample_temperature != 0.8, SAMPLES),
+        ("answer_weight", no_exercises && flags.answer_weight != default.answer_weight, EXERCISES),
+        ("several_facts", no_exercises && flags.several_facts != default.several_facts, EXERCISES),
+        ("asked_again", no_exercises && flags.asked_again != default.asked_again, EXERCISES),
+        ("negative_share", flags.negative_rows == 0 && flags.negative_share != 0.5, NEGATIVES),
+        ("negative_top_k", flags.negative_rows == 0 && flags.negative_top_k != 4, NEGATIVES),
         ("use_cache", *use_cache, INFERENCE),
         ("lm_cache", !is_xl && flags.lm_cache != LmCache::None, INFERENCE),
         ("mem_cache_size", !is_xl && flags.mem_cache_size.is_some(), INFERENCE),
