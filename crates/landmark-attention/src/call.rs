@@ -77,6 +77,26 @@ impl Call {
         &self.landmarks[b.min(self.landmarks.len() - 1)]
     }
 
+    /// Checks what the call gave, and the gradient of its output.
+    pub fn check_results(&self, q: &Tensor, like_q: [(&'static str, &Tensor); 2], lse: &Tensor) -> Result<()> {
+        let sum = if q.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        let like_q = like_q.map(|(tensor, x)| (tensor, x, q.dims(), q.dtype()));
+        let lse = ("lse", lse, &q.dims()[..3], sum);
+        for (tensor, x, dims, dtype) in like_q.into_iter().chain([lse]) {
+            if x.dims() != dims {
+                return Err(Error::Shape { op: OP, tensor, got: x.dims().to_vec(), expected: format!("{dims:?}") });
+            }
+            if x.dtype() != dtype {
+                return Err(Error::DType { op: OP, tensor, got: x.dtype(), expected: format!("{dtype:?}") });
+            }
+            if !x.device().same_device(q.device()) {
+                let expected = format!("{:?}, as q", q.device().location());
+                return Err(Error::Device { op: OP, tensor, got: x.device().location(), expected });
+            }
+        }
+        Ok(())
+    }
+
     pub fn refuse_dropout(&self) -> Result<()> {
         match self.dropout {
             Some(d) if d.weights > 0. || d.groups > 0. => Err(Error::Param {

@@ -101,10 +101,35 @@ fn attend(
         Device::Cpu => Ok(cpu::attend(call, q, k, v, outside)?),
         #[cfg(feature = "cuda")]
         Device::Cuda(_) => cuda::attend(call, q, k, v, outside),
-        other => {
-            let expected = if cfg!(feature = "cuda") { "the CPU or an NVIDIA GPU" } else { "the CPU" };
-            let expected = format!("{expected}: no other device has kernels in this build");
-            Err(Error::Device { op: "landmark_attention", tensor: "q", got: other.location(), expected })
-        }
+        other => Err(no_kernel(other)),
     }
+}
+
+/// The gradients `[dq, dk, dv]` of [`landmark_attention`] for `dout`, the gradient of its output, without candle's graph: for a caller
+/// with a graph of its own. candle's costs a pass over each gradient more, since it adds them to zeros. `out` and `lse` are what
+/// [`landmark_attention_with_lse`] gave for the same tensors and parameters; the gradients have the shapes and the dtype of q, k and v.
+///
+/// # Errors
+/// Those of [`landmark_attention`]; an `out`, `lse` or `dout` that is not of such a call.
+pub fn landmark_attention_backward(
+    [q, k, v]: [&Tensor; 3],
+    params: &LandmarkParams,
+    out: &Tensor,
+    lse: &Tensor,
+    dout: &Tensor,
+) -> Result<[Tensor; 3]> {
+    let call = call::Call::check(q, k, v, params)?;
+    call.check_results(q, [("out", out), ("dout", dout)], lse)?;
+    match q.device() {
+        Device::Cpu => Ok(cpu::gradients(call, [q, k, v, out, dout], lse)?),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => cuda::gradients(call, [q, k, v, out, dout], lse),
+        other => Err(no_kernel(other)),
+    }
+}
+
+fn no_kernel(device: &Device) -> Error {
+    let expected = if cfg!(feature = "cuda") { "the CPU or an NVIDIA GPU" } else { "the CPU" };
+    let expected = format!("{expected}: no other device has kernels in this build");
+    Error::Device { op: "landmark_attention", tensor: "q", got: device.location(), expected }
 }

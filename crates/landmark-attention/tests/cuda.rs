@@ -4,7 +4,8 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use landmark_attention::{
-    Dropout, LandmarkParams, Landmarks, Softmax, landmark_attention, landmark_attention_with_lse, reference,
+    Dropout, LandmarkParams, Landmarks, Softmax, landmark_attention, landmark_attention_backward,
+    landmark_attention_with_lse, reference,
 };
 
 fn gpu() -> Option<Device> {
@@ -222,6 +223,26 @@ fn the_same_bits_in_every_run() {
             for (a, b) in first.iter().zip(&once()) {
                 assert_eq!(norm(&(a - b).unwrap()), 0., "block {block} {dtype:?}");
             }
+        }
+    }
+}
+
+/// Without candle's graph the gradients are the graph's, bit for bit.
+#[test]
+fn gradients_without_a_graph() {
+    let Some(device) = gpu() else { return };
+    let mut numbers = Numbers(6);
+    for (block, dtype) in [(51, DType::BF16), (64, DType::F16), (500, DType::BF16), (20, DType::F32)] {
+        let (q, kv) = ((2, 4, 1100, 128), (2, 2, 1100, 128));
+        let tensors = [numbers.tensor(q), numbers.tensor(kv), numbers.tensor(kv), numbers.tensor(q)];
+        let params = LandmarkParams::new(Landmarks::Every(block));
+        let [_, graph @ ..] = run(landmark_attention, &tensors, &params, dtype, dtype, &device);
+        let [q, k, v, dout] = tensors.map(|x| x.to_dtype(dtype).unwrap().to_device(&device).unwrap());
+        let (out, lse) = landmark_attention_with_lse(&q, &k, &v, &params).unwrap();
+        let direct = landmark_attention_backward([&q, &k, &v], &params, &out, &lse, &dout).unwrap();
+        for (direct, graph) in direct.iter().zip(&graph) {
+            let direct = direct.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
+            assert_eq!(norm(&(direct - graph).unwrap()), 0., "block {block} {dtype:?}");
         }
     }
 }

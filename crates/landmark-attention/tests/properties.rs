@@ -2,7 +2,8 @@
 
 use candle_core::{D, DType, Device, Tensor, Var};
 use landmark_attention::{
-    Dropout, LandmarkParams, Landmarks, Softmax, landmark_attention, landmark_attention_with_lse,
+    Dropout, LandmarkParams, Landmarks, Softmax, landmark_attention, landmark_attention_backward,
+    landmark_attention_with_lse,
 };
 use landmark_attention::{reference, retrieval};
 use proptest::prelude::*;
@@ -191,6 +192,27 @@ fn half_types_are_computed_in_f32() {
         .unwrap();
 }
 
+/// Without candle's graph the gradients are the graph's.
+#[test]
+fn gradients_without_a_graph() {
+    runner(40)
+        .run(&case(), |case| {
+            let (tensors, params) = case.inputs();
+            for dtype in [DType::F64, DType::F32] {
+                let [_, graph @ ..] = run(landmark_attention, &tensors, &params, dtype);
+                let [q, k, v, dout] = tensors.each_ref().map(|x| x.to_dtype(dtype).unwrap());
+                let (out, lse) = landmark_attention_with_lse(&q, &k, &v, &params).unwrap();
+                let direct = landmark_attention_backward([&q, &k, &v], &params, &out, &lse, &dout).unwrap();
+                for (direct, graph) in direct.iter().zip(&graph) {
+                    prop_assert_eq!(direct.dtype(), dtype);
+                    prop_assert_eq!(off(&direct.to_dtype(DType::F64).unwrap(), graph), 0.);
+                }
+            }
+            Ok(())
+        })
+        .unwrap();
+}
+
 /// Strided inputs, as a model's projections are, give what contiguous ones give.
 #[test]
 fn strides_do_not_matter() {
@@ -348,5 +370,12 @@ fn wrong_calls_are_named() {
     let dropout = Some(Dropout { weights: 1., groups: 0., seed: 0 });
     assert!(error(&q, &k, &k, &LandmarkParams { dropout, ..params.clone() }).contains("dropout.weights is 1"));
     let scale = Some(f64::NAN);
-    assert!(error(&q, &k, &k, &LandmarkParams { scale, ..params }).contains("scale is NaN"));
+    assert!(error(&q, &k, &k, &LandmarkParams { scale, ..params.clone() }).contains("scale is NaN"));
+    let lse = Tensor::zeros((1, 4, 8), DType::F32, &Device::Cpu).unwrap();
+    let error = |out: &Tensor, lse: &Tensor, dout: &Tensor| {
+        landmark_attention_backward([&q, &k, &k], &params, out, lse, dout).unwrap_err().to_string()
+    };
+    assert!(error(&k, &lse, &q).contains("out has shape [1, 2, 8, 16], expected [1, 4, 8, 16]"));
+    assert!(error(&q, &q, &q).contains("lse has shape [1, 4, 8, 16], expected [1, 4, 8]"));
+    assert!(error(&q, &lse, &q.to_dtype(DType::BF16).unwrap()).contains("dout has dtype BF16, expected F32"));
 }

@@ -83,7 +83,7 @@ impl DeviceChoice {
 mod cuda {
     //! With CUDA.
 
-    use anyhow::{Context, bail, ensure};
+    use anyhow::{Context, anyhow, bail, ensure};
     use candle_core::Device;
     use candle_core::cuda_backend::cudarc::driver::{CudaContext, DriverError, result, sys};
 
@@ -97,13 +97,13 @@ mod cuda {
             Ok(count) => Ok(count.max(0) as usize),
             Err(DriverError(CUDA_ERROR_NO_DEVICE)) => Ok(0),
             Err(DriverError(code)) => {
-                bail!("NVIDIA's driver does not start ({code:?}, {}); see whether nvidia-smi works", code as u32)
+                bail!("NVIDIA's driver does not start ({code:?}, {}): see whether nvidia-smi works", code as u32)
             }
         }
     }
 
     pub fn open(number: usize) -> anyhow::Result<Device> {
-        match count().context("no GPU can be used; mend it, or use --device cpu")? {
+        match count().map_err(|why| anyhow!("{why}, or use --device cpu"))? {
             0 => bail!("this machine has no NVIDIA GPU, or hides it (CUDA_VISIBLE_DEVICES); use --device cpu"),
             count if number >= count => {
                 bail!(

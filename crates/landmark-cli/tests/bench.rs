@@ -81,3 +81,36 @@ fn the_ratio_is_ours_over_the_peers() {
         assert!((row["ratio"].as_f64().unwrap() - row["ours"].as_f64().unwrap() / 500.).abs() < 1e-12);
     }
 }
+
+fn error(arguments: &[&str]) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_landmark"));
+    let output = command.current_dir(folder.path()).args(["bench", "op"]).args(arguments).output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), text.lines().count()), (Some(1), 1), "{arguments:?}: {text}");
+    text
+}
+
+/// A GPU that is not there is an error, and no flag of the other device is taken and ignored.
+#[test]
+fn devices_and_their_flags() {
+    let text = error(&["--device", "cuda:99"]);
+    assert!(text.contains("--device cuda:99: ") && text.contains("--device cpu"), "{text}");
+    if cfg!(not(feature = "cuda")) {
+        assert!(text.contains("this build has no CUDA; build it with `cargo build"), "{text}");
+    }
+    for flag in [["--shape", "1,2,64,32"], ["--authors", "somewhere"], ["--olmo", "somewhere"]] {
+        let text = error(&flag);
+        assert!(text.contains(&format!("{} is refused: it is for --device cuda", flag[0])), "{text}");
+    }
+    assert!(error(&["--block", "51,1"]).contains("--block 1: expected at least 2"));
+}
+
+#[test]
+fn every_block_that_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = bench(folder.path(), &["--no_peer", "--block", "16,64", "--heads", "2", "--head_dim", "32"]);
+    let cases: Vec<_> = rows(folder.path(), &output).0.iter().map(|row| row["case"].to_string()).collect();
+    let (first, second) = (r#""T 64 H 2 D 32 block 16""#, r#""T 64 H 2 D 32 block 64""#);
+    assert_eq!(cases, [first, first, second, second]);
+}

@@ -291,6 +291,12 @@ impl CustomOp3 for Fused {
     }
 }
 
+/// What the kernels compute with: f32 for the half types, and the channels of a head side by side.
+fn operand(x: &Tensor) -> candle_core::Result<Tensor> {
+    let x = x.to_dtype(if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 })?;
+    if x.layout().stride()[3] == 1 { Ok(x) } else { x.contiguous() }
+}
+
 /// Runs the fused kernels on tensors of any supported type: outputs `[batch, heads, q_len, head_dim]`, differentiable, and
 /// natural log-sum-exps `[batch, heads, q_len]` of the outer softmax in f32 (f64 for f64), which are not; both with the keys
 /// [outside](crate::outside), if there are some.
@@ -302,11 +308,6 @@ pub(crate) fn attend(
     outside: Option<&Tensor>,
 ) -> candle_core::Result<(Tensor, Tensor)> {
     let dtype = q.dtype();
-    let compute = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-    let operand = |x: &Tensor| {
-        let x = x.to_dtype(compute)?;
-        if x.layout().stride()[3] == 1 { Ok(x) } else { x.contiguous() }
-    };
     let (q, k, v) = (operand(q)?, operand(k)?, operand(v)?);
     let (lse, shape) = (Arc::new(OnceLock::new()), (call.batch, call.heads, call.q_len));
     let joined = Joined::default();
@@ -321,4 +322,24 @@ pub(crate) fn attend(
         None => [out, lse],
     };
     Ok((out.to_dtype(dtype)?, lse))
+}
+
+/// The gradients of q, k and v.
+pub(crate) fn gradients(
+    call: Call,
+    [q, k, v, out, dout]: [&Tensor; 5],
+    lse: &Tensor,
+) -> candle_core::Result<[Tensor; 3]> {
+    let lse = match lse.dtype() {
+        DType::F64 => CpuStorage::F64(lse.flatten_all()?.to_vec1()?),
+        _ => CpuStorage::F32(lse.flatten_all()?.to_vec1()?),
+    };
+    let fused = Fused { call, lse: Arc::new(OnceLock::from(lse)) };
+    let (out, dtype) = (operand(out)?.contiguous()?, q.dtype());
+    let tensors = [&operand(q)?, &operand(k)?, &operand(v)?, &out, &operand(dout)?];
+    let [dq, dk, dv] = match tensors[0].dtype() {
+        DType::F64 => fused.backward::<f64>(tensors)?,
+        _ => fused.backward::<f32>(tensors)?,
+    };
+    Ok([dq.to_dtype(dtype)?, dk.to_dtype(dtype)?, dv.to_dtype(dtype)?])
 }

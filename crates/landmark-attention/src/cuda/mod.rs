@@ -42,6 +42,33 @@ pub(crate) fn attend(
     v: &Tensor,
     outside: Option<&Tensor>,
 ) -> Result<(Tensor, Tensor)> {
+    check_call(&call, q, k)?;
+    let (q, k, v) = (rows_contiguous(q)?, rows_contiguous(k)?, rows_contiguous(v)?);
+    let device = q.device().as_cuda_device()?;
+    let table = Table::new(&call, device)?;
+    // SAFETY: the kernel writes every element before anything reads it.
+    let lse = unsafe { Tensor::empty((call.batch, call.heads, call.q_len), DType::F32, q.device())? };
+    let joined = Joined::default();
+    let out = q.apply_op3(&k, &v, Fused { call, lse: lse.clone(), table, joined: joined.clone() })?;
+    match outside {
+        Some(outside) => Ok(join(&out, &lse, outside, joined)?.into()),
+        None => Ok((out, lse)),
+    }
+}
+
+/// The gradients of q, k and v.
+pub(crate) fn gradients(call: Call, [q, k, v, out, dout]: [&Tensor; 5], lse: &Tensor) -> Result<[Tensor; 3]> {
+    check_call(&call, q, k)?;
+    let (q, k, v, dout) = (rows_contiguous(q)?, rows_contiguous(k)?, rows_contiguous(v)?, rows_contiguous(dout)?);
+    let table = Table::new(&call, q.device().as_cuda_device()?)?;
+    // Its place in its storage is not looked at.
+    let lse = if lse.layout().start_offset() == 0 { lse.contiguous()? } else { lse.force_contiguous()? };
+    let fused = Fused { call, lse, table, joined: Joined::default() };
+    Ok(fused.gradients([&q, &k, &v, &out.contiguous()?, &dout])?)
+}
+
+/// What only the CPU's kernels take.
+fn check_call(call: &Call, q: &Tensor, k: &Tensor) -> Result<()> {
     if q.dtype() == DType::F64 {
         let expected = "f32, bf16 or f16 on a GPU".to_string();
         return Err(Error::DType { op: OP, tensor: "q", got: q.dtype(), expected });
@@ -59,17 +86,7 @@ pub(crate) fn attend(
         let expected = "at most 2^30 keys on a GPU".to_string();
         return Err(Error::Shape { op: OP, tensor: "k", got: k.dims().to_vec(), expected });
     }
-    let (q, k, v) = (rows_contiguous(q)?, rows_contiguous(k)?, rows_contiguous(v)?);
-    let device = q.device().as_cuda_device()?;
-    let table = Table::new(&call, device)?;
-    // SAFETY: the kernel writes every element before anything reads it.
-    let lse = unsafe { Tensor::empty((call.batch, call.heads, call.q_len), DType::F32, q.device())? };
-    let joined = Joined::default();
-    let out = q.apply_op3(&k, &v, Fused { call, lse: lse.clone(), table, joined: joined.clone() })?;
-    match outside {
-        Some(outside) => Ok(join(&out, &lse, outside, joined)?.into()),
-        None => Ok((out, lse)),
-    }
+    Ok(())
 }
 
 fn rows_contiguous(x: &Tensor) -> candle_core::Result<Tensor> {
@@ -236,6 +253,14 @@ impl Fused {
         Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
     }
 
+    fn gradients(&self, tensors: [&Tensor; 5]) -> candle_core::Result<[Tensor; 3]> {
+        match tensors[0].dtype() {
+            DType::F32 => self.backward::<f32>(tensors),
+            DType::F16 => self.backward::<f16>(tensors),
+            _ => self.backward::<bf16>(tensors),
+        }
+    }
+
     /// Gradients of q, k and v, contiguous.
     fn backward<T: Element>(&self, tensors: [&Tensor; 5]) -> candle_core::Result<[Tensor; 3]> {
         let joined = self.joined.take();
@@ -341,13 +366,7 @@ impl CustomOp3 for Fused {
         out: &Tensor,
         dout: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dout = rows_contiguous(dout)?;
-        let tensors = [q, k, v, out, &dout];
-        let [dq, dk, dv] = match q.dtype() {
-            DType::F32 => self.backward::<f32>(tensors)?,
-            DType::F16 => self.backward::<f16>(tensors)?,
-            _ => self.backward::<bf16>(tensors)?,
-        };
+        let [dq, dk, dv] = self.gradients([q, k, v, out, &rows_contiguous(dout)?])?;
         Ok((Some(dq), Some(dk), Some(dv)))
     }
 }

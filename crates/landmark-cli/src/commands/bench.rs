@@ -1,5 +1,7 @@
 //! `landmark bench`: how fast this is here, next to PyTorch, or to Hugging Face tokenizers, in the same run.
 
+#[cfg(feature = "cuda")]
+mod gpu;
 mod memory;
 mod op;
 mod peer;
@@ -20,7 +22,7 @@ pub struct Args {
 /// What is measured.
 #[derive(Subcommand)]
 enum What {
-    /// The attention operation on the CPU, next to PyTorch's dense scaled_dot_product_attention
+    /// The attention operation, next to PyTorch's dense scaled_dot_product_attention
     Op(op::Args),
     /// Training a small GPT on the CPU, next to PyTorch's with dense attention
     Train(train::Args),

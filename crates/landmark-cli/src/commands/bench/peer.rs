@@ -44,7 +44,7 @@ enum Answer {
     /// It is ready; the version of its package.
     #[serde(alias = "torch", alias = "tokenizers")]
     Ready(String),
-    /// The package cannot be imported.
+    /// The package cannot be imported, or the request not be met.
     Error(String),
     /// How long each call took.
     Seconds(Vec<f64>),
@@ -95,12 +95,18 @@ impl Peer {
 
     /// The seconds of the calls that `request` describes; none if there is no peer.
     pub fn seconds(&mut self, request: &Value) -> anyhow::Result<Vec<f64>> {
-        let Self::Running(process) = self else { return Ok(Vec::new()) };
+        self.ask(request)?.map_err(|why| anyhow::anyhow!("the peer in Python failed: {why}"))
+    }
+
+    /// As [`Self::seconds`]; or why the peer cannot do this, and goes on.
+    pub fn ask(&mut self, request: &Value) -> anyhow::Result<Result<Vec<f64>, String>> {
+        let Self::Running(process) = self else { return Ok(Ok(Vec::new())) };
         // That the process is gone shows in its answer.
         let _ = writeln!(process.requests, "{request}");
         match process.answer()? {
-            Answer::Seconds(seconds) => Ok(seconds),
-            _ => bail!("the peer in Python did not answer what it was asked"),
+            Answer::Seconds(seconds) => Ok(Ok(seconds)),
+            Answer::Error(why) => Ok(Err(why)),
+            Answer::Ready(_) => bail!("the peer in Python did not answer what it was asked"),
         }
     }
 }

@@ -5,7 +5,7 @@ use candle_core::{Device, Tensor};
 use serde::Serialize;
 use std::fmt::Display;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 /// The flag for programs.
@@ -80,10 +80,15 @@ impl Flags {
     pub fn report(&self, rows: &[Row], machine: &Machine, note: &str) -> anyhow::Result<()> {
         println!("{}", table(rows, machine.peak));
         println!("{note}\nMedians, the best in brackets; {machine}");
-        match &self.json {
-            None => Ok(()),
-            Some(path) => write(path, rows).with_context(|| format!("--json {}: cannot write it", path.display())),
-        }
+        self.write(rows)
+    }
+
+    /// Writes the rows if that is wanted, an object a line.
+    pub fn write(&self, rows: &[impl Serialize]) -> anyhow::Result<()> {
+        let Some(path) = &self.json else { return Ok(()) };
+        let lines: Vec<String> = rows.iter().map(serde_json::to_string).collect::<Result<_, _>>()?;
+        crate::files::write(path, (lines.join("\n") + "\n").as_bytes())
+            .with_context(|| format!("--json {}: cannot write it", path.display()))
     }
 }
 
@@ -94,14 +99,14 @@ fn table(rows: &[Row], peak: f64) -> String {
         Some(best) => format!("{} ({})", number(value), number(best)),
         None => number(value),
     };
-    let mut lines = vec![["case", "metric", "ours", "peer", "ratio", "GFLOP/s", "of peak"].map(String::from)];
+    let mut lines = vec![["case", "metric", "ours", "peer", "ratio", "GFLOP/s", "of peak"].map(String::from).to_vec()];
     for row in rows {
         let or_dash = |cell: Option<String>| cell.unwrap_or("-".into());
         let peer = match row.peer_value {
             Some(value) => format!("{} {}", row.peer, with_best(value, row.peer_best)),
             None => row.peer.clone(),
         };
-        lines.push([
+        lines.push(vec![
             row.case.clone(),
             row.metric.into(),
             with_best(row.ours, row.ours_best),
@@ -111,27 +116,23 @@ fn table(rows: &[Row], peak: f64) -> String {
             or_dash(row.gflops.map(|gflops| format!("{:.0} %", 100. * gflops / peak))),
         ]);
     }
-    let widths: Vec<usize> =
-        (0..lines[0].len()).map(|column| lines.iter().map(|line| line[column].len()).max().unwrap_or(0)).collect();
+    aligned(&lines, 2)
+}
+
+/// Lines in columns: words to the left in the first ones, numbers to the right in the others.
+pub fn aligned(lines: &[Vec<String>], words: usize) -> String {
+    let widths: Vec<usize> = (0..lines[0].len())
+        .map(|column| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0))
+        .collect();
     let mut text = String::new();
     for line in lines {
         for (column, (cell, &width)) in line.iter().zip(&widths).enumerate() {
-            // Words to the left, numbers to the right.
-            match column {
-                0 => text += &format!("{cell:<width$}"),
-                1 => text += &format!("  {cell:<width$}"),
-                _ => text += &format!("  {cell:>width$}"),
-            }
+            let gap = if column == 0 { "" } else { "  " };
+            text += &if column < words { format!("{gap}{cell:<width$}") } else { format!("{gap}{cell:>width$}") };
         }
         text.push('\n');
     }
     text
-}
-
-/// An object a line.
-fn write(path: &Path, rows: &[Row]) -> anyhow::Result<()> {
-    let lines: Vec<String> = rows.iter().map(serde_json::to_string).collect::<Result<_, _>>()?;
-    Ok(crate::files::write(path, (lines.join("\n") + "\n").as_bytes())?)
 }
 
 /// What the numbers are measured on.
