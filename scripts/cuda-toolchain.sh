@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Puts a CUDA 13.0 build toolchain (nvcc, headers, libraries to link against) under one folder, from PyPI wheels alone, for
-# building with a `cuda` feature on a machine that has neither a GPU nor the toolkit. Nothing built with it runs here; it runs
-# where a driver (CUDA 13.0 or newer) and the real libraries are. Usage:  eval "$(scripts/cuda-toolchain.sh)"
+# building with a `cuda` feature on a machine that has neither a GPU nor the toolkit. What is built runs where a driver (CUDA 13.0 or
+# newer) and these libraries are; here on the CPU alone, with a stand-in for the driver that answers every call with an error.
+# Usage:  eval "$(scripts/cuda-toolchain.sh)"
 set -euo pipefail
 root=${CUDA_TOOLCHAIN_DIR:-$HOME/.cache/cuda-13.0}
 if [ ! -e "$root/.ready" ]; then
@@ -30,7 +31,14 @@ if [ ! -e "$root/.ready" ]; then
   "$root/bin/nvcc" --version >/dev/null
   touch "$root/.ready"
 fi
+libraries=$root/lib64
+if ! PATH=$PATH:/sbin ldconfig -p 2>/dev/null | grep -q 'libcuda\.so\.1'; then
+  mkdir -p "$root/no-driver"
+  ln -sfn "$root/lib64/libcuda.so" "$root/no-driver/libcuda.so.1"
+  libraries=$libraries:$root/no-driver
+fi
 cat <<ENV
 export CUDA_HOME=$root CUDA_PATH=$root CUDA_ROOT=$root CUDA_TOOLKIT_ROOT_DIR=$root NVCC=$root/bin/nvcc
 export PATH=$root/bin:\$PATH LIBRARY_PATH=$root/lib64:\${LIBRARY_PATH:-} CUDA_COMPUTE_CAP=\${CUDA_COMPUTE_CAP:-90}
+export LD_LIBRARY_PATH=$libraries\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}
 ENV

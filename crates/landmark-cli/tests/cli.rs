@@ -181,7 +181,7 @@ fn refused_flags_say_why() {
         ("--eval_seq_length 2048", "eval_seq_length is refused: training reads no cache"),
         ("--eval_sample_size 4", "eval_sample_size is refused: training reads no cache"),
         ("--mid_length 200", "mid_length is refused: training reads no cache"),
-        ("--device cuda:0", "device cuda:0: training computes on the CPU only"),
+        ("--device cuda:99", "--device cuda:99: "),
         ("--dataset pg19 --data_dir nowhere", "dataset pg19: no usable data in nowhere"),
         ("", "dataset NAME is missing"),
         ("--dataset ../x", "dataset ../x: expected the name of a folder"),
