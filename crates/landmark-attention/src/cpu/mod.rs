@@ -334,7 +334,7 @@ pub(crate) fn gradients(
         DType::F64 => CpuStorage::F64(lse.flatten_all()?.to_vec1()?),
         _ => CpuStorage::F32(lse.flatten_all()?.to_vec1()?),
     };
-    let fused = Fused { call, lse: Arc::new(OnceLock::from(lse)) };
+    let fused = Fused { call, lse: Arc::new(OnceLock::from(lse)), joined: Joined::default() };
     let (out, dtype) = (operand(out)?.contiguous()?, q.dtype());
     let tensors = [&operand(q)?, &operand(k)?, &operand(v)?, &out, &operand(dout)?];
     let [dq, dk, dv] = match tensors[0].dtype() {

@@ -12,6 +12,8 @@ use half::{bf16, f16};
 use super::{Element, check};
 use crate::outside::Join;
 
+const OP: &str = "landmark_attention_with_outside";
+
 unsafe extern "C" {
     fn landmark_outside_join(
         dtype: c_int,
@@ -131,7 +133,7 @@ fn join_of<T: Element>(
             fill::<T>(out.device(), elements, |joined, stream| {
                 let rows = (elements / channels) as i64;
                 // SAFETY: the addresses are of live allocations of `rows` numbers, or `rows * channels` of them.
-                check(unsafe {
+                check(OP, unsafe {
                     landmark_outside_join(
                         T::TYPE as c_int,
                         out_at,
@@ -173,7 +175,7 @@ fn join_backward_of<T: Element>(
                 with_address::<f32, _>(&op.total, |total| {
                     fill::<f32>(device, rows, |doutside, stream| {
                         // SAFETY: as in `join_of`.
-                        check(unsafe {
+                        check(OP, unsafe {
                             landmark_outside_join_backward(
                                 T::TYPE as c_int,
                                 joined,
@@ -213,7 +215,7 @@ fn log_sum_exp_of<T: Element>(
     let at = address::<T>(scores, layout)?;
     fill::<f32>(scores.device(), rows, |lse, stream| {
         // SAFETY: the addresses are of live allocations of `rows * keys` scores and `rows` numbers.
-        check(unsafe {
+        check(OP, unsafe {
             landmark_outside_log_sum_exp(T::TYPE as c_int, at, lse, rows as i64, keys as c_int, scale as f32, stream)
         })
     })
@@ -242,7 +244,7 @@ fn log_sum_exp_backward_of<T: Element>(
             with_address::<f32, _>(dlse, |dlse| {
                 fill::<T>(device, elements, |dscores, stream| {
                     // SAFETY: as in `log_sum_exp_of`.
-                    check(unsafe {
+                    check(OP, unsafe {
                         landmark_outside_log_sum_exp_backward(
                             T::TYPE as c_int,
                             scores,
