@@ -3,7 +3,8 @@
 use crate::adafactor::{self, Adafactor};
 use crate::error::{Error, Result};
 use crate::update::{AdamW, AddAssign, Buffer, Sgd, sum_of_squares};
-use candle_core::{Tensor, Var, backprop::GradStore};
+use candle_core::{Tensor, Var};
+use landmark_models::ops;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
@@ -108,7 +109,7 @@ impl Optimizer {
     }
 
     /// Adds the gradients of one micro-step, taking them out of `store`.
-    pub fn accumulate(&self, gradients: &mut Gradients, store: &mut GradStore) -> Result<()> {
+    pub fn accumulate(&self, gradients: &mut Gradients, store: &mut ops::Gradients) -> Result<()> {
         #[cfg(feature = "cuda")]
         if let Some(gpu) = &self.gpu {
             let new =
@@ -287,10 +288,10 @@ mod tests {
     }
 
     /// The gradients of a loss in which `slope` sets how steep it is.
-    fn store(parameters: &BTreeMap<String, Var>, slope: f64) -> GradStore {
+    fn store(parameters: &BTreeMap<String, Var>, slope: f64) -> ops::Gradients {
         let terms =
             parameters.values().map(|var| ((var.as_tensor() * slope).unwrap().sqr().unwrap()).sum_all().unwrap());
-        terms.reduce(|a, b| (a + b).unwrap()).unwrap().backward().unwrap()
+        terms.reduce(|a, b| (a + b).unwrap()).unwrap().backward().unwrap().into()
     }
 
     fn values(var: &Var) -> Vec<f64> {

@@ -6,6 +6,7 @@ use landmark_attention::Dropout;
 use landmark_data::{Batch, IGNORE};
 use landmark_memory::XlCache;
 use landmark_models::gpt::{Gpt, NegativeRows, WindowAttention};
+use landmark_models::ops::Recording;
 use serde::{Deserialize, Serialize};
 
 /// How a model reads a batch.
@@ -27,15 +28,15 @@ pub enum Process {
 }
 
 impl Process {
-    /// Runs a model over a batch. `each` is given the hidden states `[B, T, C]`, the targets `[B, T]` and their weights `[B, T]`, if the batch has
-    /// any, of every window that has targets, in order. `seed` is that of a training step, and `negatives` are for one.
+    /// Runs a model over a batch. `each` is given every window that has targets, in order. `seed` is that of a training step, and `negatives`
+    /// are for one.
     pub(crate) fn read(
         &self,
         model: &Gpt,
         batch: &Batch,
         seed: Option<u64>,
         negatives: Option<NegativeRows>,
-        mut each: impl FnMut(&Tensor, &Tensor, Option<&Tensor>) -> Result<()>,
+        mut each: impl FnMut(Read) -> Result<()>,
     ) -> Result<()> {
         let config = model.config();
         let length = batch.sequence_length;
@@ -43,8 +44,9 @@ impl Process {
             let window = Window::new(batch, 0, length)?;
             let negatives = negatives.map(|negatives| (negatives, batch.exercises));
             let mut attention = WindowAttention::with_negatives(config, &window.ids, seed, negatives)?;
+            let recording = seed.map(|_| Recording::start());
             let hidden = model.hidden(&window.ids, &mut attention, seed)?;
-            return each(&hidden, &window.targets, window.weights.as_ref());
+            return each(Read { hidden, targets: window.targets, weights: window.weights, recording });
         };
         let mut cache = XlCache::new(config.n_layer, mem_cache_size, config.rope());
         for (index, from) in (0..length).step_by(config.sequence_length).enumerate() {
@@ -52,13 +54,26 @@ impl Process {
             let seed = seed.map(|seed| mix(seed, index as u64));
             let weights = config.dropout as f32;
             cache.set_dropout(seed.filter(|_| weights > 0.).map(|seed| Dropout { weights, groups: 0., seed }));
+            let recording = seed.map(|_| Recording::start());
             let hidden = model.hidden(&window.ids, &mut cache, seed)?;
             if window.has_targets {
-                each(&hidden, &window.targets, window.weights.as_ref())?;
+                each(Read { hidden, targets: window.targets, weights: window.weights, recording })?;
             }
         }
         Ok(())
     }
+}
+
+/// What a model made of a window.
+pub(crate) struct Read {
+    /// Hidden states `[B, T, C]`.
+    pub hidden: Tensor,
+    /// `[B, T]`.
+    pub targets: Tensor,
+    /// `[B, T]`, if the batch has any.
+    pub weights: Option<Tensor>,
+    /// The way back, in a training step.
+    pub recording: Option<Recording>,
 }
 
 /// Columns of a batch, on the CPU, where ids are checked.

@@ -69,10 +69,11 @@ impl Trainer {
         for (micro, batch) in batches.into_iter().enumerate() {
             // Seeds all that is random in training.
             let seed = mix(mix(self.seed, self.iteration as u64), micro as u64);
-            self.process.read(&self.model, &batch, Some(seed), self.negatives, |hidden, targets, weights| {
-                let window_loss = self.model.loss(hidden, targets, weights)?;
-                self.optimizer.accumulate(&mut gradients, &mut window_loss.backward()?)?;
-                losses.push(window_loss.detach());
+            self.process.read(&self.model, &batch, Some(seed), self.negatives, |read| {
+                let loss = self.model.loss(&read.hidden, &read.targets, read.weights.as_ref())?;
+                let recording = read.recording.expect("a training step is recorded");
+                self.optimizer.accumulate(&mut gradients, &mut recording.backward(&loss)?)?;
+                losses.push(loss.detach());
                 Ok(())
             })?;
             tokens += batch.inputs.len();
@@ -126,8 +127,8 @@ pub fn evaluate(model: &Gpt, process: Process, batches: impl IntoIterator<Item =
     let model = model.detached();
     let (mut loss, mut windows, mut correct, mut targets) = (0., 0, 0, 0);
     for batch in batches {
-        process.read(&model, &batch, None, None, |hidden, target_ids, _| {
-            let scores = model.token_scores(hidden, target_ids)?;
+        process.read(&model, &batch, None, None, |read| {
+            let scores = model.token_scores(&read.hidden, &read.targets)?;
             let scores = || scores.iter().flatten();
             let window_targets = scores().count();
             loss += scores().map(|score| score.loss).sum::<f64>() / window_targets as f64;

@@ -170,7 +170,9 @@ impl Gpt {
             x = ops::dropout(&x, dropout)?;
         }
         if let Some(miss_token) = &self.miss_token {
-            x = Tensor::cat(&[&miss_token.broadcast_as((batch, 1, width))?, &x], 1)?;
+            x = ops::bridge([miss_token, &x], |[token, x]| {
+                Tensor::cat(&[&token.broadcast_as((batch, 1, width))?, x], 1)
+            })?;
         }
         for (index, layer) in self.layers.iter().enumerate() {
             let (w, b) = &layer.c_attn;
@@ -179,13 +181,14 @@ impl Gpt {
             if let Some([q_norm, k_norm]) = &layer.qk_norm {
                 (q, k) = (q_norm.apply(&q, self.activations)?, k_norm.apply(&k, self.activations)?);
             }
-            let o = attention.attend(index, &q, &k, &v)?.to_dtype(self.activations)?;
+            let o =
+                ops::bridge([&q, &k, &v], |[q, k, v]| attention.attend(index, q, k, v)?.to_dtype(self.activations))?;
             let (w, b) = &layer.c_proj;
             x = ops::merge_heads(&o, w, b.as_ref(), &x, drop(2 * index + 1))?;
             x = ops::mlp(&layer.ln_2.apply(&x, self.activations)?, &layer.mlp, &x, drop(2 * index + 2))?;
         }
         if self.config.model == Variant::LandmarkWithCmt {
-            x = x.narrow(1, 1, time)?;
+            x = ops::bridge([&x], |[x]| x.narrow(1, 1, time))?;
         }
         self.ln_f.apply(&x, self.activations)
     }

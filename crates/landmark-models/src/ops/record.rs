@@ -1,6 +1,7 @@
-//! Functions of any number of tensors to any number of tensors, as nodes of candle's graph.
+//! Functions of any number of tensors to any number of tensors, with their gradients.
 //!
-//! candle's own custom operations take at most three tensors and give one. A function here is recorded as
+//! There are two ways back through them. A caller that knows nothing of this gets candle's: candle's own custom operations take at most
+//! three tensors and give one, so a function here is recorded as
 //!
 //! ```text
 //! input 0 -- Tie --.                       .-- Out 0 (a result)
@@ -11,10 +12,19 @@
 //! where everything between the inputs and the results is a single number, there only to give the graph its order. Going
 //! back, each `Out` leaves the gradient of its result in a slot; the `Hub`, reached after all of them, calls the function's
 //! backward and leaves the gradients of the inputs in slots; each `Tie` hands its input the gradient from there.
+//!
+//! candle adds every gradient to zeros that it fills first: on a GPU that is half of the time of a training step. Training therefore starts
+//! a [`Recording`], in which functions put themselves into a list, and goes back through the list.
 
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, DType, Layout, Shape, Storage, Tensor, WithDType};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::backprop::GradStore;
+use candle_core::op::BackpropOp;
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Shape, Storage, Tensor, TensorId, Var, WithDType};
 
 use crate::Result;
 
@@ -38,26 +48,191 @@ impl Output {
     }
 }
 
+/// A training step's functions in the order in which they were called on this thread, from the start of the recording.
+#[derive(Debug)]
+pub struct Recording(());
+
+/// The gradients of a loss.
+pub struct Gradients(Source);
+
+enum Source {
+    Recorded(HashMap<TensorId, Tensor>),
+    Candle(GradStore),
+}
+
+impl Gradients {
+    /// Takes out the gradient of a parameter, if the loss depends on it.
+    pub fn remove(&mut self, var: &Var) -> Option<Tensor> {
+        match &mut self.0 {
+            Source::Recorded(gradients) => gradients.remove(&var.id()),
+            Source::Candle(gradients) => gradients.remove(var),
+        }
+    }
+}
+
+impl From<GradStore> for Gradients {
+    fn from(gradients: GradStore) -> Self {
+        Self(Source::Candle(gradients))
+    }
+}
+
+thread_local! {
+    static RECORDED: RefCell<Option<Recorded>> = const { RefCell::new(None) };
+}
+
+#[derive(Default)]
+struct Recorded {
+    nodes: Vec<Node>,
+    /// Results of bridges.
+    bridged: HashSet<TensorId>,
+}
+
+struct Node {
+    /// The inputs that want a gradient.
+    inputs: Vec<Option<TensorId>>,
+    outputs: Vec<TensorId>,
+    backward: Backward,
+}
+
+fn is_recording() -> bool {
+    RECORDED.with_borrow(Option::is_some)
+}
+
+impl Recording {
+    /// From now on the functions of this crate, on this thread, record themselves; a recording before this one is forgotten. Their results are
+    /// variables to candle: what else is done with them has no gradient, but for what models do.
+    pub fn start() -> Self {
+        RECORDED.set(Some(Recorded::default()));
+        Self(())
+    }
+
+    /// Ends the recording and goes back from `loss`, a scalar that one of the recorded functions gave.
+    pub fn backward(self, loss: &Tensor) -> Result<Gradients> {
+        let Recorded { nodes, .. } = RECORDED.take().unwrap_or_default();
+        drop(self);
+        let mut gradients = HashMap::from([(loss.id(), loss.ones_like()?)]);
+        for Node { inputs, outputs, backward } in nodes.into_iter().rev() {
+            let of_outputs: Vec<_> = outputs.iter().map(|id| gradients.remove(id)).collect();
+            if of_outputs.iter().all(Option::is_none) {
+                continue;
+            }
+            let of_inputs = backward(of_outputs)?;
+            assert_eq!(inputs.len(), of_inputs.len(), "one gradient for each input");
+            for (id, gradient) in inputs.into_iter().zip(of_inputs) {
+                let Some(id) = id else { continue };
+                let sum = match gradients.remove(&id) {
+                    None => gradient,
+                    Some(other) => (other + gradient)?,
+                };
+                gradients.insert(id, sum);
+            }
+        }
+        Ok(Gradients(Source::Recorded(gradients)))
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        RECORDED.set(None);
+    }
+}
+
+/// What candle's own operations make of `inputs`, for a recording: going back through it is candle's graph between the two. Without a
+/// recording it is `f(inputs)` itself.
+pub(crate) fn bridge<const N: usize>(
+    inputs: [&Tensor; N],
+    f: impl FnOnce([&Tensor; N]) -> candle_core::Result<Tensor>,
+) -> Result<Tensor> {
+    let ids = inputs.map(wanted);
+    if ids.iter().all(Option::is_none) {
+        return Ok(f(inputs)?);
+    }
+    // The result of another bridge is no variable to candle; a copy of it is.
+    let variable = |x: &Tensor| match wanted(x) {
+        Some(_) if !x.is_variable() => Ok(Var::from_tensor(x)?.into_inner()),
+        _ => Ok(x.clone()),
+    };
+    let inputs = inputs.iter().map(|x| variable(x)).collect::<Result<Vec<_>>>()?;
+    let result = f(std::array::from_fn(|i| &inputs[i]))?.contiguous()?;
+    let detached = result.detach();
+    let backward: Backward = Box::new(move |mut gradients| {
+        let gradient = gradients.pop().flatten().expect("a node is reached through its only result");
+        let mut gradients = result.apply_op1(Seed(gradient))?.backward()?;
+        let of = |input: &Tensor| gradients.remove(input).map_or_else(|| input.zeros_like(), Ok);
+        Ok(inputs.iter().map(of).collect::<candle_core::Result<_>>()?)
+    });
+    RECORDED.with_borrow_mut(|recorded| {
+        let recorded = recorded.as_mut().expect("a recording wants these gradients");
+        recorded.bridged.insert(detached.id());
+        recorded.nodes.push(Node { inputs: ids.to_vec(), outputs: vec![detached.id()], backward });
+    });
+    Ok(detached)
+}
+
+/// The id of a tensor whose gradient a recording wants.
+fn wanted(x: &Tensor) -> Option<TensorId> {
+    RECORDED.with_borrow(|recorded| {
+        let recorded = recorded.as_ref()?;
+        (x.is_variable() || recorded.bridged.contains(&x.id())).then(|| x.id())
+    })
+}
+
+/// The end of a graph whose gradient is known.
+struct Seed(Tensor);
+
+impl CustomOp1 for Seed {
+    fn name(&self) -> &'static str {
+        "seed"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok(token())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, beside: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        gpu_token(beside)
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
+}
+
 /// A function being recorded.
 pub(crate) struct Tape {
     name: &'static str,
-    token: Tensor,
-    input_grads: Slots,
+    way: Way,
+}
+
+enum Way {
+    Recorded(Vec<Option<TensorId>>),
+    Candle { token: Tensor, input_grads: Slots },
 }
 
 impl Tape {
     pub fn new(name: &'static str, inputs: &[&Tensor]) -> Result<Self> {
+        if is_recording() {
+            let ids = inputs.iter().map(|input| {
+                assert!(input.is_variable() || !input.track_op(), "{name}: an input that was not bridged");
+                wanted(input)
+            });
+            return Ok(Self { name, way: Way::Recorded(ids.collect()) });
+        }
         let input_grads: Slots = Arc::new(Mutex::new(vec![None; inputs.len()]));
         let mut token = Tensor::zeros((), DType::F32, inputs[0].device())?;
         for (index, input) in inputs.iter().enumerate() {
             token = token.apply_op2(input, Tie { name, index, grads: input_grads.clone() })?;
         }
-        Ok(Self { name, token, input_grads })
+        Ok(Self { name, way: Way::Candle { token, input_grads } })
     }
 
     /// Whether a gradient of the results can be asked for: what only the backward needs is worth keeping only then.
     pub fn tracked(&self) -> bool {
-        self.token.track_op()
+        match &self.way {
+            Way::Recorded(inputs) => inputs.iter().any(Option::is_some),
+            Way::Candle { token, .. } => token.track_op(),
+        }
     }
 
     /// Ends the recording with the `outputs`. `backward` takes the gradient of each output, `None` for one that the loss does
@@ -67,14 +242,24 @@ impl Tape {
         outputs: [Output; N],
         backward: impl Fn(Vec<Option<Tensor>>) -> Result<Vec<Tensor>> + Send + Sync + 'static,
     ) -> Result<[Tensor; N]> {
-        let output_grads: Slots = Arc::new(Mutex::new(vec![None; N]));
-        let hub = Hub {
-            name: self.name,
-            output_grads: output_grads.clone(),
-            input_grads: self.input_grads,
-            backward: Box::new(backward),
+        let tracked = self.tracked();
+        let (token, input_grads) = match self.way {
+            Way::Candle { token, input_grads } => (token, input_grads),
+            Way::Recorded(inputs) => {
+                let tensors = outputs
+                    .map(|Output { storage, shape }| Tensor::from_storage(storage, shape, BackpropOp::none(), tracked));
+                if tracked {
+                    let outputs = tensors.iter().map(Tensor::id).collect();
+                    let node = Node { inputs, outputs, backward: Box::new(backward) };
+                    RECORDED.with_borrow_mut(|recorded| recorded.as_mut().expect("a recording").nodes.push(node));
+                }
+                return Ok(tensors);
+            }
         };
-        let hub = self.token.apply_op1(hub)?;
+        let output_grads: Slots = Arc::new(Mutex::new(vec![None; N]));
+        let hub =
+            Hub { name: self.name, output_grads: output_grads.clone(), input_grads, backward: Box::new(backward) };
+        let hub = token.apply_op1(hub)?;
         let mut index = 0;
         let outputs = outputs.map(|output| {
             let out = Out { name: self.name, index, grads: output_grads.clone(), output: Mutex::new(Some(output)) };

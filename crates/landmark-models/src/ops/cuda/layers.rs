@@ -9,7 +9,7 @@ use super::gemm::{Matrix, product};
 use super::{Address, CudaStream_, ElementType, Fresh, address, run};
 use crate::ops::elements::{check_shape, ids, rows_and_width};
 use crate::ops::linear::check_weight;
-use crate::ops::record::Tape;
+use crate::ops::record::{Tape, bridge};
 use crate::ops::{Activation, Dropout, Mlp, NormKind};
 use crate::{Error, Result};
 
@@ -44,7 +44,7 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
 fn biased(op: &'static str, y: Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     let Some(b) = b else { return Ok(y) };
     check_shape(op, "bias", b, &[y.dims()[y.rank() - 1]])?;
-    Ok(y.broadcast_add(&b.to_dtype(y.dtype())?)?)
+    bridge([&y, b], |[y, b]| y.broadcast_add(&b.to_dtype(y.dtype())?))
 }
 
 /// `x w^T` in the type of `x`, or `residual + x w^T` in that of the residual. The bias is only checked.
