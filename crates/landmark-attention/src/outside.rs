@@ -20,7 +20,7 @@ use rayon::prelude::*;
 use crate::call::Call;
 use crate::{Error, Result};
 
-const OP: &str = "landmark_attention_with_outside";
+pub(crate) const OP: &str = "landmark_attention_with_outside";
 const LSE: &str = "log_sum_exp";
 
 /// `out'` and `lse'` on their way from one node to the other.

@@ -10,7 +10,7 @@ use candle_core::{CudaStorage, DType, Layout, Storage, Tensor, bail};
 use half::{bf16, f16};
 
 use super::{Element, check};
-use crate::outside::Join;
+use crate::outside::{Join, OP};
 
 const OP: &str = "landmark_attention_with_outside";
 

@@ -131,9 +131,13 @@ impl Negatives {
         let keys = self.keys.apply(&keys)?.index_select(&chunk_blocks, 0)?;
         let queries = self.queries.apply(&q.narrow(0, self.seeing.start, seeing)?)?;
         let lse = log_sum_exp(&queries.matmul(&keys.t()?)?, scale)?;
-        let unseen = |rows: usize| Tensor::full(f32::NEG_INFINITY, (rows, heads, time), device)?.to_dtype(lse.dtype());
+        let unseen = |rows: usize| -> Result<Option<Tensor>> {
+            let none = Tensor::full(f32::NEG_INFINITY, (rows.max(1), heads, time), device)?.to_dtype(lse.dtype())?;
+            Ok((rows > 0).then_some(none))
+        };
         let (before, after) = (unseen(self.seeing.start)?, unseen(batch - self.seeing.end)?);
-        Ok(Tensor::cat(&[&before, &lse, &after], 0)?)
+        let rows: Vec<&Tensor> = before.iter().chain([&lse]).chain(&after).collect();
+        Ok(Tensor::cat(&rows, 0)?)
     }
 }
 
@@ -248,6 +252,15 @@ mod tests {
             assert_eq!(size > 0., place >= 6 * 6 * BLOCK && place % BLOCK == BLOCK - 1, "key {place}");
         }
         assert_eq!(outside.dtype(), DType::F64);
+    }
+
+    #[test]
+    fn without_exercises_the_first_rows_see() {
+        let negatives = Negatives::new(&OPTIONS, &config(), &regular(), 6 * BLOCK, 0, 9).unwrap().unwrap();
+        assert_eq!((&negatives.seeing, &negatives.lending), (&(0..3), &(6..8)));
+        let outside = negatives.outside(&tensor(1), &tensor(2), 0.4).unwrap().max(D::Minus1).unwrap().max(1).unwrap();
+        let seen: Vec<bool> = outside.to_vec1::<f64>().unwrap().into_iter().map(f64::is_finite).collect();
+        assert_eq!(seen, [true, true, true, false, false, false, false, false]);
     }
 
     #[test]
