@@ -1,8 +1,8 @@
 //! The same seed makes the same weights, and so does a run that was stopped and resumed.
 
 use candle_core::Device;
-use landmark_data::Tokenizer;
-use landmark_models::gpt::{Gpt, GptConfig, Placement, PositionalEncoder, Variant};
+use landmark_data::{ExerciseOptions, Tokenizer};
+use landmark_models::gpt::{Gpt, GptConfig, NegativeRows, Placement, PositionalEncoder, Variant};
 use landmark_train::{Corpus, Data, Error, Event, Limits, Method, Outcome, Process, Settings, checkpoint, train};
 use std::fs;
 use std::path::Path;
@@ -102,11 +102,19 @@ fn transformer_xl() -> Settings {
     Settings { model, optimization_process, ..settings() }
 }
 
+/// With exercises among the rows and landmarks of others in the softmax.
+fn retrieval() -> Settings {
+    let model = GptConfig { sequence_length: 260, mem_freq: Some(25), ..settings().model };
+    let exercises = Some(ExerciseOptions { exercise_rows: 0.4, ..ExerciseOptions::default() });
+    let negatives = Some(NegativeRows { negative_rows: 2, negative_share: 0.5, negative_top_k: 4 });
+    Settings { model, whole_blocks: true, exercises, negatives, batch_size: 5, acc_steps: 1, ..settings() }
+}
+
 #[test]
 fn a_stopped_and_resumed_run_ends_as_one_that_was_not() {
     let at_borders = Settings { model: GptConfig { landmarks: Placement::Sentence, ..settings().model }, ..settings() };
     let with = |opt| Settings { opt, ..settings() };
-    for settings in [at_borders, with(Method::Sgd), with(Method::Adafactor), transformer_xl()] {
+    for settings in [at_borders, with(Method::Sgd), with(Method::Adafactor), transformer_xl(), retrieval()] {
         let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         assert!(matches!(run(&settings, whole.path(), false, None).unwrap(), Outcome::Finished { .. }));
         for (resume, stop_at) in [(false, 2), (true, 3), (true, 8), (true, 11)] {
@@ -165,6 +173,10 @@ fn work_is_not_overwritten_nor_continued_as_another_run() {
     let other = settings();
     let other = Settings { model: GptConfig { dropout: 0.2, ..other.model.clone() }, ..other };
     assert!(error(&other, true).to_string().contains("its dropout is 0.1, this command's 0.2"));
+    let text = error(&Settings { whole_blocks: true, ..settings() }, true).to_string();
+    assert!(text.contains("its whole_blocks is false, this command's true"), "{text}");
+    let text = error(&Settings { batch_size: 5, ..retrieval() }, true).to_string();
+    assert!(text.contains("ckpt_5: its "), "{text}");
     // What changes no weight may change.
     let kept = Settings { keep_checkpoints: Some(1), save_checkpoint_freq: Some(2), ..settings() };
     run(&kept, folder.path(), true, None).unwrap();
@@ -205,6 +217,45 @@ fn settings_out_of_range_are_named() {
         let error = settings.check().unwrap_err().to_string();
         assert!(error.starts_with(flag), "{error}");
     }
+}
+
+#[test]
+fn what_teaches_retrieval_is_in_the_weights_and_must_fit() {
+    let trained = |settings: &Settings| {
+        let settings = Settings { iterations: 2, ..settings.clone() };
+        let outcome = train(&settings, &data(&settings), &Device::Cpu, &Limits::default(), &mut |_| {}).unwrap();
+        let Outcome::Finished { model, .. } = outcome else { panic!("it was not stopped") };
+        bits(&model)
+    };
+    let all = trained(&retrieval());
+    assert_ne!(all, trained(&Settings { negatives: None, ..retrieval() }));
+    assert_ne!(all, trained(&Settings { exercises: None, ..retrieval() }));
+    type Change = fn(&mut Settings);
+    let cases: [(&str, Change); 5] = [
+        ("--exercise_rows: exercises need --whole_blocks", |s| s.whole_blocks = false),
+        ("--negative_rows: only --model landmark", |s| s.model.model = Variant::BaseRotary),
+        ("negative_rows", |s| s.negatives.as_mut().unwrap().negative_rows = 4),
+        ("negative_top_k", |s| s.negatives.as_mut().unwrap().negative_top_k = 9),
+        ("--whole_blocks: the rows of transformer_xl", |s| {
+            *s = Settings { whole_blocks: true, ..transformer_xl() };
+        }),
+    ];
+    for (message, change) in cases {
+        let mut settings = retrieval();
+        change(&mut settings);
+        let error = settings.check().unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+    }
+    // Without text there are no exercises; in a short window none fits.
+    let corpus = |tokenizer| Corpus { train: vec![65; 20_000].into(), validation: vec![].into(), tokenizer };
+    let error = |settings: &Settings, tokenizer| corpus(tokenizer).batches(settings).err().unwrap().to_string();
+    let large =
+        Settings { model: GptConfig { vocab_size: 50304, landmark_id: 50260, ..retrieval().model }, ..retrieval() };
+    let text = error(&large, None);
+    assert!(text.starts_with("--exercise_rows: exercises are text"), "{text}");
+    let short = Settings { model: GptConfig { sequence_length: 156, ..retrieval().model }, ..retrieval() };
+    let text = error(&short, Some(Tokenizer::bytes()));
+    assert!(text.starts_with("--sequence_length: a window has 151 tokens, an exercise needs up to"), "{text}");
 }
 
 #[test]

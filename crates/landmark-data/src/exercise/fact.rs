@@ -71,6 +71,11 @@ impl Words {
         let words: Vec<String> = tokenizer.texts().into_iter().filter_map(word).collect();
         Self(if words.len() < 100 { NOUNS.map(String::from).to_vec() } else { words })
     }
+
+    /// One of them, or now and then one of our nouns, which may be several tokens.
+    fn draw(&self, draw: &mut Draw) -> &str {
+        if draw.chance(0.2) { *draw.of(&NOUNS) } else { draw.of::<String>(&self.0) }
+    }
 }
 
 /// What a fact is about.
@@ -91,13 +96,13 @@ impl Fact {
     /// `n` facts with different names.
     pub(super) fn several(n: usize, words: &Words, draw: &mut Draw) -> Vec<Self> {
         // Facts of one kind: what the name does not share with the others is all that tells them apart.
-        let (possession, noun) = (*draw.of(&POSSESSIONS), *draw.of(&NOUNS));
+        let (possession, noun) = (*draw.of(&POSSESSIONS), if draw.chance(0.5) { "key" } else { *draw.of(&NOUNS) });
         let kind = if n == 1 || draw.chance(0.4) { 2 } else { draw.below(2) };
         let mut facts: Vec<Self> = Vec::with_capacity(n);
         while facts.len() < n {
             let name = match kind {
                 0 => Name::Possession(*draw.of(&PERSONS), possession),
-                1 => Name::Thing(format!("{} {noun}", draw.of(&words.0))),
+                1 => Name::Thing(format!("{} {noun}", words.draw(draw))),
                 _ => Self::name(words, draw),
             };
             if facts.iter().all(|fact| fact.name != name) {
@@ -111,8 +116,8 @@ impl Fact {
         match draw.fraction() {
             ..0.5 => Name::Thing("pass key".into()),
             ..0.7 => Name::Possession(*draw.of(&PERSONS), *draw.of(&POSSESSIONS)),
-            ..0.9 => Name::Thing(format!("{} {}", draw.of(&words.0), draw.of(&NOUNS))),
-            _ => Name::Thing(format!("{} {}", draw.of(&words.0), draw.of(&words.0))),
+            ..0.9 => Name::Thing(format!("{} {}", words.draw(draw), draw.of(&NOUNS))),
+            _ => Name::Thing(format!("{} {}", words.draw(draw), words.draw(draw))),
         }
     }
 
