@@ -100,7 +100,7 @@ impl Gpu {
         self.stream.synchronize()?;
         let (_, most) = self.pool(false)?;
         let kept: usize = results.iter().map(|x| x.elem_count() * x.dtype().size_in_bytes()).sum();
-        Ok(Some((most - before).saturating_sub(kept as u64)))
+        Ok(Some(most.saturating_sub(before + kept as u64)))
     }
 
     /// Bytes in use, and the most since the last reset.
