@@ -3,6 +3,6 @@
 use landmark_nvcc::{GENERAL, HOPPER, compile};
 
 fn main() {
-    let general = ["api", "f32", "f16", "bf16", "outside", "rope"].map(|unit| (unit, GENERAL));
+    let general = ["api", "f32", "f16", "bf16", "outside", "retrieval", "rope"].map(|unit| (unit, GENERAL));
     compile("landmark_kernels", "src/cuda", &[&general[..], &[("hopper", HOPPER)]].concat());
 }

@@ -4,8 +4,10 @@
 //! positions, by rotating the query to `position - the slot's first position` instead: the same distances, and no stored key is ever
 //! rotated again. So a call takes the queries once for each slot.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::{Error, Result, cpu};
 
 /// How the blocks that a query reads are chosen from the landmarks' scores: the authors' `--cache_selection_method`.
@@ -53,33 +55,44 @@ pub struct SlotQueries<'a> {
 /// What queries got from the blocks that they read.
 #[derive(Debug, Clone)]
 pub struct Retrieved {
-    /// Outputs `[batch, heads, time, head_dim]`: the softmax over the chosen landmarks of each block's inner attention.
+    /// Outputs `[batch, heads, time, head_dim]`: the softmax over the chosen landmarks of each block's inner attention. In the queries' dtype.
     pub out: Tensor,
-    /// Natural log-sum-exps `[batch, heads, time]` of the chosen landmarks' scores.
+    /// Natural log-sum-exps `[batch, heads, time]` of the chosen landmarks' scores, in f32 (f64 for f64).
     pub lse: Tensor,
-    /// Those scores, `[batch, heads, time, k]`.
+    /// Those scores, `[batch, heads, time, k]`, likewise.
     pub scores: Tensor,
 }
 
 /// The `k` best blocks for each query, ascending in text order: u32 `[batch, heads, time, k]`, counted from the oldest. Among equal
 /// scores (to f32 precision) the older block is chosen. All blocks if there are no more than `k`.
 ///
+/// f32 and f64 on the CPU; with the feature `cuda`, f32, bf16 and f16 on an NVIDIA GPU, scored in f32 whatever the dtype, for heads of at most
+/// 256 channels. The GPU holds scores of 256 MiB at once, or of four queries where that is more, and the result is the same in every run.
+///
 /// # Errors
-/// Shapes and dtypes that do not fit together; a device without a kernel.
+/// Shapes and dtypes that do not fit together; a device without a kernel; on a GPU, a `k` of more than 8192.
 pub fn select(queries: SlotQueries, blocks: Blocks, k: usize, selection: Selection) -> Result<Tensor> {
     let shape = RetrievalShape::check("select", queries, blocks)?;
+    if k == 0 {
+        return Err(Error::Param { op: "select", name: "k", got: k.to_string(), expected: "at least 1" });
+    }
     let k = k.min(blocks.len);
     if k == blocks.len {
         let all = Tensor::arange(0, k as u32, queries.queries.device())?;
         return Ok(all.broadcast_as((shape.batch, shape.heads, shape.time, k))?.contiguous()?);
     }
-    Ok(cpu::retrieval::select(&shape, queries, blocks, k, selection)?)
+    match queries.queries.device() {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => cuda::retrieval::select(&shape, queries, blocks, k, selection),
+        _ => Ok(cpu::retrieval::select(&shape, queries, blocks, k, selection)?),
+    }
 }
 
 /// Attention over the chosen blocks, u32 `[batch, heads, time, k]` ascending, as [`select`] returns them. No gradient.
 ///
 /// # Errors
-/// Those of [`select`].
+/// Those of [`select`]; on the CPU, an index of no cached block. A GPU does not wait to look at them: there a query with such an index gets NaN,
+/// and nothing is read for it.
 pub fn attend(queries: SlotQueries, blocks: Blocks, chosen: &Tensor) -> Result<Retrieved> {
     const OP: &str = "attend";
     let shape = RetrievalShape::check(OP, queries, blocks)?;
@@ -95,6 +108,17 @@ pub fn attend(queries: SlotQueries, blocks: Blocks, chosen: &Tensor) -> Result<R
         let expected = format!("queries for {} slots", k + usize::from(queries.newest > 0));
         return Err(Error::Shape { op: OP, tensor: "queries", got: queries.queries.dims().to_vec(), expected });
     }
+    if chosen.dtype() != DType::U32 {
+        return Err(Error::DType { op: OP, tensor: "chosen", got: chosen.dtype(), expected: "u32".into() });
+    }
+    if !chosen.device().same_device(queries.queries.device()) {
+        let expected = format!("{:?}, as the queries", queries.queries.device().location());
+        return Err(Error::Device { op: OP, tensor: "chosen", got: chosen.device().location(), expected });
+    }
+    #[cfg(feature = "cuda")]
+    if chosen.device().is_cuda() {
+        return Ok(cuda::retrieval::attend(&shape, queries, blocks, chosen, k)?);
+    }
     let indices = chosen.flatten_all()?.to_vec1::<u32>()?;
     if let Some(block) = indices.iter().find(|&&i| i as usize >= blocks.len) {
         let got = block.to_string();
@@ -103,11 +127,16 @@ pub fn attend(queries: SlotQueries, blocks: Blocks, chosen: &Tensor) -> Result<R
     Ok(cpu::retrieval::attend(&shape, queries, blocks, &indices, k)?)
 }
 
-/// Joins two attentions of the same queries over disjoint keys, each with its log-sum-exp, into the attention over both.
+/// Joins two attentions of the same queries over disjoint keys, each with its log-sum-exp, into the attention over both:
+/// outputs `[batch, heads, time, head_dim]` and log-sum-exps `[batch, heads, time]`. On a GPU in one kernel, without a gradient.
 ///
 /// # Errors
 /// Shapes that differ.
 pub fn join(a: (&Tensor, &Tensor), b: (&Tensor, &Tensor)) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if a.0.device().is_cuda() {
+        return cuda::retrieval::join(a, b);
+    }
     // A query with nothing on either side keeps its zeros: the floor turns -inf - -inf into 0.
     let max = a.1.maximum(b.1)?.maximum(-1e30)?;
     let (weight_a, weight_b) = ((a.1 - &max)?.exp()?, (b.1 - &max)?.exp()?);
@@ -171,21 +200,32 @@ impl RetrievalShape {
         let tensors =
             [("queries", q), ("keys", blocks.keys), ("values", blocks.values), ("landmarks", blocks.landmarks)];
         for (tensor, x) in tensors {
-            if !matches!(x.dtype(), DType::F32 | DType::F64) || x.dtype() != q.dtype() {
-                return Err(Error::DType {
-                    op,
-                    tensor,
-                    got: x.dtype(),
-                    expected: "f32 or f64, the same for all".into(),
-                });
+            let (fits, expected) = match x.device() {
+                Device::Cpu => (matches!(x.dtype(), DType::F32 | DType::F64), "f32 or f64, the same for all"),
+                #[cfg(feature = "cuda")]
+                Device::Cuda(_) => (
+                    matches!(x.dtype(), DType::F32 | DType::BF16 | DType::F16),
+                    "f32, bf16 or f16 on a GPU, the same for all",
+                ),
+                other => {
+                    let expected = "a device that has kernels in this build".into();
+                    return Err(Error::Device { op, tensor, got: other.location(), expected });
+                }
+            };
+            if !fits || x.dtype() != q.dtype() {
+                return Err(Error::DType { op, tensor, got: x.dtype(), expected: expected.into() });
             }
-            if !x.device().is_cpu() {
-                let expected = "the CPU, the only device with kernels in this build".into();
+            if !x.device().same_device(q.device()) {
+                let expected = format!("{:?}, as the queries", q.device().location());
                 return Err(Error::Device { op, tensor, got: x.device().location(), expected });
             }
             if !x.is_contiguous() {
                 return Err(shape(tensor, x, "contiguous memory".into()));
             }
+        }
+        #[cfg(feature = "cuda")]
+        if q.device().is_cuda() {
+            cuda::retrieval::check(op, q, blocks.keys)?;
         }
         Ok(Self { slots, batch, heads, kv_heads, time, head_dim, block, capacity })
     }

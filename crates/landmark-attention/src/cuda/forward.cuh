@@ -13,6 +13,11 @@ struct Walk {
         : units(p.units + p.first_unit[b]), count(p.first_unit[b + 1] - p.first_unit[b]), last_position(last_position) {
         enter();
     }
+    // Units first..end of the row alone.
+    __device__ Walk(const Params &p, int b, int last_position, int first, int end)
+        : units(p.units + p.first_unit[b]), count(end), last_position(last_position), unit(first) {
+        enter();
+    }
     __device__ bool done() const { return unit >= count || units[unit].first_key > last_position; }
     __device__ const Unit &get() const { return units[unit]; }
     __device__ void next() {
@@ -87,7 +92,7 @@ __device__ __forceinline__ void absorb(Scores &x, const Unit &unit, const int (&
     }
 }
 
-template <typename T, int COLUMNS> __global__ void __launch_bounds__(ForwardShape<T, COLUMNS>::THREADS) forward_kernel(const __grid_constant__ Params p) {
+template <typename T, int COLUMNS> __global__ void __launch_bounds__(ForwardShape<T, COLUMNS>::THREADS) forward_kernel(const __grid_constant__ Params p, const __grid_constant__ Splits splits) {
     using Shape = ForwardShape<T, COLUMNS>;
     constexpr int THREADS = Shape::THREADS;
     extern __shared__ __align__(128) unsigned char memory[];
@@ -95,7 +100,8 @@ template <typename T, int COLUMNS> __global__ void __launch_bounds__(ForwardShap
     typename Shape::Keys sk{reinterpret_cast<typename Shape::Keys::Half *>(memory + Shape::Queries::BYTES)};
     typename Shape::Keys sv{Shape::SHARED ? sk.data : sk.data + Shape::Keys::BYTES / 2};
 
-    const int b = blockIdx.z, h = blockIdx.y, tile = gridDim.x - 1 - blockIdx.x, first = tile * Shape::ROWS;
+    const int runs = max(splits.count, 1), run = blockIdx.x % runs;
+    const int b = blockIdx.z, h = blockIdx.y, tile = (gridDim.x - 1 - blockIdx.x) / runs, first = tile * Shape::ROWS;
     const int kv_head = h / (p.heads / p.kv_heads), d = p.head_dim, history = p.kv_len - p.q_len;
     const Head<T> q(p.q, p.q_strides, b, h, d), k(p.k, p.k_strides, b, kv_head, d), v(p.v, p.v_strides, b, kv_head, d);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -103,7 +109,9 @@ template <typename T, int COLUMNS> __global__ void __launch_bounds__(ForwardShap
     const int position[2] = {history + row, history + row + 8};
     const float scale = p.scale * 1.4426950408889634f;
 
-    Walk walk(p, b, history + min(first + Shape::ROWS, p.q_len) - 1);
+    const int last_position = history + min(first + Shape::ROWS, p.q_len) - 1;
+    const int32_t *borders = splits.first + b * (runs + 1) + run;
+    Walk walk = splits.count > 0 ? Walk(p, b, last_position, borders[0], borders[1]) : Walk(p, b, last_position);
     load_steps<THREADS>(sq, q, first, p.q_len, d);
     if (!walk.done()) load_unit<THREADS>(sk, k, walk.get(), d);
     copies_commit();
@@ -169,10 +177,38 @@ template <typename T, int COLUMNS> __global__ void __launch_bounds__(ForwardShap
         if (t >= p.q_len) continue;
         const int64_t at = (int64_t(b) * p.heads + h) * p.q_len + t;
         const float inverse = sum[r] > 0 ? 1 / sum[r] : 0;
+        if (splits.count > 0) {
+            const int64_t part = run * (int64_t(p.batch) * p.heads * p.q_len) + at;
+            float *to = splits.out + part * d;
+#pragma unroll
+            for (int n = 0; n < COLUMNS / 8; n++)
+                store_pair(to, n * 8 + lane % 4 * 2, d, out[n][2 * r] * inverse, out[n][2 * r + 1] * inverse);
+            if (lane % 4 == 0) splits.lse[part] = m[r] + log2f(sum[r]);
+            continue;
+        }
         T *to = static_cast<T *>(p.out) + at * d;
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++)
             store_pair(to, n * 8 + lane % 4 * 2, d, out[n][2 * r] * inverse, out[n][2 * r + 1] * inverse);
         if (lane % 4 == 0) p.lse[at] = (m[r] + log2f(sum[r])) * 0.6931471805599453f;
     }
+}
+
+// The runs' outputs into one, in their order: a warp a query.
+template <typename T> __global__ void combine_kernel(const __grid_constant__ Params p, const __grid_constant__ Splits splits) {
+    const int64_t rows = int64_t(p.batch) * p.heads * p.q_len, row = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+    if (row >= rows) return;
+    const int lane = threadIdx.x % 32;
+    float max = NEGATIVE_INFINITY, sum = 0;
+    for (int i = 0; i < splits.count; i++) max = fmaxf(max, splits.lse[i * rows + row]);
+    const float base = finite(max);
+    for (int i = 0; i < splits.count; i++) sum += power2(splits.lse[i * rows + row] - base);
+    const float inverse = sum > 0 ? 1 / sum : 0;
+    T *to = static_cast<T *>(p.out) + row * p.head_dim;
+    for (int c = lane; c < p.head_dim; c += 32) {
+        float x = 0;
+        for (int i = 0; i < splits.count; i++) x += splits.out[(i * rows + row) * p.head_dim + c] * power2(splits.lse[i * rows + row] - base);
+        to[c] = static_cast<T>(x * inverse);
+    }
+    if (lane == 0) p.lse[row] = (max + log2f(sum)) * 0.6931471805599453f;
 }

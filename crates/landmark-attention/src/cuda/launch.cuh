@@ -19,11 +19,13 @@ template <typename K> cudaError_t allow_shared(K kernel, int bytes) {
 
 inline int tiles_of(int length, int tile) { return (length + tile - 1) / tile; }
 
-template <typename T, int COLUMNS> cudaError_t forward_columns(const Params &p, cudaStream_t stream) {
+template <typename T, int COLUMNS> cudaError_t forward_columns(const Params &p, const Splits &splits, cudaStream_t stream) {
     using Shape = ForwardShape<T, COLUMNS>;
     TRY(allow_shared(forward_kernel<T, COLUMNS>, Shape::BYTES));
-    const dim3 grid(tiles_of(p.q_len, Shape::ROWS), p.heads, p.batch);
-    forward_kernel<T, COLUMNS><<<grid, Shape::THREADS, Shape::BYTES, stream>>>(p);
+    const dim3 grid(tiles_of(p.q_len, Shape::ROWS) * (splits.count > 0 ? splits.count : 1), p.heads, p.batch);
+    forward_kernel<T, COLUMNS><<<grid, Shape::THREADS, Shape::BYTES, stream>>>(p, splits);
+    TRY(cudaGetLastError());
+    if (splits.count > 0) combine_kernel<T><<<unsigned((int64_t(p.batch) * p.heads * p.q_len + 3) / 4), 128, 0, stream>>>(p, splits);
     return cudaGetLastError();
 }
 
@@ -59,11 +61,11 @@ template <typename T, int COLUMNS> cudaError_t backward_columns(const Params &p,
     return cudaSuccess;
 }
 
-template <typename T> cudaError_t forward(const Params &p, cudaStream_t stream) {
-    if (p.head_dim <= 32) return forward_columns<T, 32>(p, stream);
-    if (p.head_dim <= 64) return forward_columns<T, 64>(p, stream);
-    if (p.head_dim <= 128) return forward_columns<T, 128>(p, stream);
-    return forward_columns<T, 256>(p, stream);
+template <typename T> cudaError_t forward(const Params &p, const Splits &splits, cudaStream_t stream) {
+    if (p.head_dim <= 32) return forward_columns<T, 32>(p, splits, stream);
+    if (p.head_dim <= 64) return forward_columns<T, 64>(p, splits, stream);
+    if (p.head_dim <= 128) return forward_columns<T, 128>(p, splits, stream);
+    return forward_columns<T, 256>(p, splits, stream);
 }
 
 template <typename T> cudaError_t backward(const Params &p, cudaStream_t stream) {

@@ -4,16 +4,19 @@
 //! - `params`: what crosses to the kernels; `params.h` is its other side;
 //! - `forward.cuh`, `backward.cuh`: kernels for everything, on any GPU from compute capability 8.0; `segments.cuh` is their softmax;
 //! - `hopper_forward.cuh`, `hopper_backward.cuh`: kernels for regular blocks of 49 to 64 on Hopper;
+//! - `retrieval.cu` with `retrieval_*.cuh`, `retrieval`: scores of cached landmarks, choice of blocks, attention to them;
 //! - `rope.cu`, `rope`: rotary position embedding;
 //! - `outside`: keys outside the window;
 //! - this file: the candle operation. `docs/cuda-kernels.md` tells how the kernels work and what they reach.
 
 pub(crate) mod outside;
 mod params;
+pub(crate) mod retrieval;
 pub(crate) mod rope;
 mod units;
 
 use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute;
 use candle_core::cuda_backend::cudarc::driver::{
     CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop, ValidAsZeroBits,
 };
@@ -26,12 +29,14 @@ use std::ffi::CStr;
 use crate::call::Call;
 use crate::outside::{Joined, join};
 use crate::{Error, Result, Softmax};
-use params::{ElementType, LONG_BLOCKS_AT_ONCE, Params, ROWS, Strides};
+use params::{ElementType, LONG_BLOCKS_AT_ONCE, Params, ROWS, Splits, Strides};
 use units::{BlockList, Units, regular_block};
 
 const OP: &str = "landmark_attention";
+/// Fewer queries, and Hopper's kernels leave the call to the general ones.
+const HOPPER_QUERIES: usize = 16;
 /// The widest head that the kernels take.
-const MAX_HEAD_DIM: usize = 256;
+pub(crate) const MAX_HEAD_DIM: usize = 256;
 
 /// Runs the fused kernels: outputs `[batch, heads, q_len, head_dim]`, differentiable, and natural log-sum-exps `[batch, heads, q_len]`
 /// of the outer softmax in f32; both with the keys [outside](crate::outside), if there are some.
@@ -101,6 +106,42 @@ struct Table {
     long_blocks: usize,
     block: usize,
     list: Option<List>,
+    runs: Option<Runs>,
+}
+
+/// The units in runs, for a block of threads each.
+struct Runs {
+    borders: CudaSlice<i32>,
+    count: usize,
+}
+
+impl Runs {
+    /// Queries that are one tile in all kernels.
+    const FEW_QUERIES: usize = 64;
+    /// Units that a run should have, so that joining runs costs little.
+    const UNITS: usize = 4;
+
+    /// `None` where there are enough heads and queries to fill the GPU, or nothing to share out.
+    fn new(call: &Call, units: &Units, device: &CudaDevice) -> candle_core::Result<Option<Self>> {
+        if call.q_len > Self::FEW_QUERIES {
+            return Ok(None);
+        }
+        let multiprocessors = device
+            .cuda_stream()
+            .context()
+            .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+            .w()?;
+        // More queries may have Hopper's kernels, which are a few times as fast.
+        let (alone, filled) = (call.batch * call.heads, multiprocessors as usize);
+        if alone * if call.q_len < HOPPER_QUERIES { 2 } else { 8 } > filled {
+            return Ok(None);
+        }
+        let count = (units.most / Self::UNITS).min((2 * filled).div_ceil(alone));
+        if count < 2 {
+            return Ok(None);
+        }
+        Ok(Some(Self { borders: device.clone_htod(&units.runs(count))?, count }))
+    }
 }
 
 /// [`BlockList`] on the device.
@@ -112,7 +153,9 @@ struct List {
 
 impl Table {
     fn new(call: &Call, device: &CudaDevice) -> candle_core::Result<Self> {
-        let Units { units, first, most, long_blocks } = Units::new(call);
+        let units = Units::new(call);
+        let runs = Runs::new(call, &units, device)?;
+        let Units { units, first, most, long_blocks } = units;
         let list = BlockList::new(call)
             .map(|BlockList { blocks, stride, views }| {
                 let (blocks, views) = (bytemuck::cast_slice::<_, u8>(&blocks), bytemuck::cast_slice::<_, u8>(&views));
@@ -130,6 +173,7 @@ impl Table {
             long_blocks,
             block: regular_block(call).unwrap_or(0),
             list,
+            runs,
         })
     }
 }
@@ -247,8 +291,24 @@ impl Fused {
             table.each_ref().map(|slice| slice.as_ref().map_or(0, |slice| slice.0));
         (params.units, params.first_unit, params.blocks, params.views) = (units, first_unit, blocks, views);
         stream.context().bind_to_thread().w()?;
-        // SAFETY: the addresses are of live allocations, of the sizes that the checked call implies, on the stream's device.
-        check(OP, unsafe { params::landmark_attention_forward(&params, stream.cu_stream().cast()) })?;
+        match &self.table.runs {
+            // SAFETY: the addresses are of live allocations, of the sizes that the checked call implies, on the stream's device.
+            None => check(OP, unsafe { params::landmark_attention_forward(&params, stream.cu_stream().cast()) })?,
+            Some(Runs { borders, count }) => {
+                let rows = self.call.batch * self.call.heads * self.call.q_len * count;
+                // SAFETY: the kernel writes every element before it is read.
+                let (mut out, mut lse) =
+                    unsafe { (device.alloc::<f32>(rows * self.call.head_dim)?, device.alloc::<f32>(rows)?) };
+                let parts = [out.device_ptr_mut(&stream), lse.device_ptr_mut(&stream)];
+                let borders = borders.device_ptr(&stream);
+                let splits =
+                    Splits { first: borders.0, out: parts[0].0, lse: parts[1].0, count: *count as i32, reserved: 0 };
+                let stream = stream.cu_stream().cast();
+                // SAFETY: as above.
+                check(OP, unsafe { params::landmark_attention_forward_split(&params, &splits, stream) })?;
+                drop((parts, borders));
+            }
+        }
         drop((inputs, outputs, table));
         Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
     }

@@ -70,6 +70,14 @@ struct Params {
     int32_t reserved;
 };
 
+// A forward pass with few queries: the units of each row in `count` runs, for a block of threads each, so that there are enough of those.
+struct Splits {
+    const int32_t *first;  // [batch, count + 1]: run i of row b is units first[b, i]..first[b, i + 1] of it; no long block is in two
+    float *out;            // [count, batch, heads, q_len, head_dim]: the runs' own outputs
+    float *lse;            // [count, batch, heads, q_len], in base 2
+    int32_t count, reserved;
+};
+
 // A rotation of x, [batch, heads, time, 2 * pairs], into out, contiguous.
 struct RopeParams {
     const void *x;
@@ -83,6 +91,32 @@ struct RopeParams {
     float sign;          // -1: back
 };
 
+enum Selection : int32_t { PER_TOKEN_AND_HEAD = 0, MAX_OVER_HEADS = 1, MAX_OVER_TOKENS = 2 };
+
+// Retrieval: `select` reads queries and landmarks and writes `chosen`, `attend` reads all but the landmarks and writes the rest.
+struct RetrievalParams {
+    const void *queries;               // [slots, batch, heads, time, head_dim]
+    const void *keys, *values;         // [batch, kv_heads, capacity, block, head_dim]
+    const void *landmarks;             // [batch, kv_heads, capacity, head_dim]
+    const uint32_t *lengths;           // [len], or null: all blocks are full
+    uint32_t *chosen;                  // [batch, heads, time, k]
+    void *out;                         // [batch, heads, time, head_dim]
+    float *lse, *scores;               // [batch, heads, time], [batch, heads, time, k], natural
+    int32_t batch, heads, kv_heads, time, head_dim, block, capacity, first, len, newest, k;
+    int32_t selection, dtype;
+    float scale_log2;                  // the scale times log2(e)
+};
+
+// Two attentions of the same queries, [rows, head_dim] and natural log-sum-exps [rows] each, into one.
+struct JoinParams {
+    const void *a, *b;
+    void *out;
+    const float *a_lse, *b_lse;
+    float *lse;
+    int64_t rows;
+    int32_t head_dim, dtype;
+};
+
 // Long blocks whose statistics are held at once: what keeps their memory O(q_len).
 constexpr int LONG_BLOCKS_AT_ONCE = 16;
 
@@ -90,4 +124,4 @@ constexpr int LONG_BLOCKS_AT_ONCE = 16;
 constexpr int TOO_LITTLE_SHARED_MEMORY = 1 << 20;
 
 static_assert(sizeof(Group) == 8 && sizeof(Unit) == 88 && sizeof(Strides) == 24 && sizeof(Block) == 8 && sizeof(Params) == 272);
-static_assert(sizeof(RopeParams) == 80);
+static_assert(sizeof(Splits) == 32 && sizeof(RopeParams) == 80 && sizeof(RetrievalParams) == 128 && sizeof(JoinParams) == 64);

@@ -112,6 +112,16 @@ pub struct Params {
 
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
+pub struct Splits {
+    pub first: u64,
+    pub out: u64,
+    pub lse: u64,
+    pub count: i32,
+    pub reserved: i32,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
 pub struct RopeParams {
     pub x: u64,
     pub out: u64,
@@ -127,13 +137,71 @@ pub struct RopeParams {
     pub sign: f32,
 }
 
+#[repr(i32)]
+#[derive(Debug, Clone, Copy)]
+pub enum BlockSelection {
+    PerTokenAndHead = 0,
+    MaxOverHeads = 1,
+    MaxOverTokens = 2,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct RetrievalParams {
+    pub queries: u64,
+    pub keys: u64,
+    pub values: u64,
+    pub landmarks: u64,
+    pub lengths: u64,
+    pub chosen: u64,
+    pub out: u64,
+    pub lse: u64,
+    pub scores: u64,
+    pub batch: i32,
+    pub heads: i32,
+    pub kv_heads: i32,
+    pub time: i32,
+    pub head_dim: i32,
+    pub block: i32,
+    pub capacity: i32,
+    pub first: i32,
+    pub len: i32,
+    pub newest: i32,
+    pub k: i32,
+    pub selection: BlockSelection,
+    pub dtype: ElementType,
+    pub scale_log2: f32,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct JoinParams {
+    pub a: u64,
+    pub b: u64,
+    pub out: u64,
+    pub a_lse: u64,
+    pub b_lse: u64,
+    pub lse: u64,
+    pub rows: i64,
+    pub head_dim: i32,
+    pub dtype: ElementType,
+}
+
 const _: () = assert!(size_of::<Group>() == 8 && size_of::<Unit>() == 88 && size_of::<Strides>() == 24);
 const _: () = assert!(size_of::<Block>() == 8 && size_of::<Params>() == 272);
-const _: () = assert!(size_of::<RopeParams>() == 80);
+const _: () = assert!(size_of::<RopeParams>() == 80 && size_of::<RetrievalParams>() == 128);
+const _: () = assert!(size_of::<JoinParams>() == 64 && size_of::<Splits>() == 32);
 
 unsafe extern "C" {
     pub fn landmark_attention_forward(params: *const Params, stream: *mut c_void) -> c_int;
+    pub fn landmark_attention_forward_split(params: *const Params, splits: *const Splits, stream: *mut c_void)
+    -> c_int;
     pub fn landmark_attention_backward(params: *const Params, stream: *mut c_void) -> c_int;
     pub fn landmark_rope(params: *const RopeParams, stream: *mut c_void) -> c_int;
+    /// Numbers of f32 that `landmark_select` works in.
+    pub fn landmark_select_scratch(params: *const RetrievalParams) -> i64;
+    pub fn landmark_select(params: *const RetrievalParams, scratch: u64, stream: *mut c_void) -> c_int;
+    pub fn landmark_attend(params: *const RetrievalParams, stream: *mut c_void) -> c_int;
+    pub fn landmark_join(params: *const JoinParams, stream: *mut c_void) -> c_int;
     pub fn landmark_attention_error(error: c_int) -> *const c_char;
 }

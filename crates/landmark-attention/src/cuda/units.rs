@@ -36,6 +36,24 @@ impl Units {
     }
 }
 
+impl Units {
+    /// Each row's units in `count` runs about as long as each other, `[batch, count + 1]`, none of which ends inside a long block.
+    pub fn runs(&self, count: usize) -> Vec<i32> {
+        let mut borders = Vec::with_capacity((self.first.len() - 1) * (count + 1));
+        for row in self.first.windows(2) {
+            let units = &self.units[row[0] as usize..row[1] as usize];
+            for i in 0..=count {
+                let border = i * units.len() / count;
+                borders.push(match units.get(border) {
+                    Some(unit) if unit.long_block >= 0 => unit.part_first,
+                    _ => border as i32,
+                });
+            }
+        }
+        borders
+    }
+}
+
 /// `L` if every `L`-th key of every row is a landmark and nothing else is, and the softmax is grouped.
 pub fn regular_block(call: &Call) -> Option<usize> {
     let block = call.landmarks(0).first()? + 1;
@@ -272,6 +290,15 @@ mod tests {
         assert_eq!(flags(&long[0]), [0, 0, 0, 0, 0, 0, 0, SEGMENT_END]);
         assert_eq!(flags(&long[1]), [0, 0, 0, 0, closing, 0, 0, 0]);
         assert_eq!(flags(&units.units[3]), [0, closing, SEGMENT_END, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn runs_do_not_cut_long_blocks() {
+        // A unit of small blocks, three of a long block, four of another, one of the unfinished block.
+        let units = Units::new(&call(&row(&[3, 9, 150, 240], 4), 1, Softmax::Grouped));
+        assert_eq!(units.units.len(), 9);
+        assert_eq!(units.runs(3), [0, 1, 4, 9]);
+        assert_eq!(units.runs(9), [0, 1, 1, 1, 4, 4, 4, 4, 8, 9]);
     }
 
     #[test]
