@@ -280,7 +280,12 @@ impl LandmarkCache {
             q: at(start, length),
             k: at(start - unfinished as i64, unfinished + length),
             offsets: self.rope.at(&offsets),
-            slots: distances.into_iter().rev().map(|distance| at(distance, length)).collect(),
+            slots: distances.len(),
+            slot_rotation: self.rope.at(&distances
+                .iter()
+                .rev()
+                .flat_map(|&distance| distance..distance + length as i64)
+                .collect::<Vec<_>>()),
             miss: self.rope.at(&[-1]),
             unfinished,
             newest: if has_older { top_k } else { 0 },
@@ -327,11 +332,12 @@ struct Pending {
 struct Chunk<'a> {
     cache: &'a mut LandmarkCache,
     /// Rotations of the chunk's queries, of the keys of the unfinished block and the chunk, of finished blocks, and of the
-    /// queries for each slot.
+    /// queries for all slots, one after the other.
     q: Rotation,
     k: Rotation,
     offsets: Rotation,
-    slots: Vec<Rotation>,
+    slot_rotation: Rotation,
+    slots: usize,
     /// The context-miss token stands at position -1.
     miss: Rotation,
     newest: usize,
@@ -375,8 +381,12 @@ impl Chunk<'_> {
 
     /// The queries of all slots, `[slots, batch, heads, time, head_dim]`.
     fn slot_queries(&self, q: &Tensor) -> Result<Tensor> {
-        let slots = self.slots.iter().map(|slot| Ok(slot.apply(q)?)).collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::stack(&slots, 0)?)
+        // Slots take the place of the batch, whose rows have positions of their own.
+        let (batch, heads, time, head_dim) = q.dims4()?;
+        let all_heads =
+            if batch == 1 { q.clone() } else { q.contiguous()?.reshape((1, batch * heads, time, head_dim))? };
+        let each = all_heads.broadcast_as((self.slots, batch * heads, time, head_dim))?;
+        Ok(self.slot_rotation.apply(&each)?.reshape((self.slots, batch, heads, time, head_dim))?)
     }
 
     /// Reads the best blocks: what was read, and which. `tokens` are the queries' places in the chunk, `None` for all of it.
@@ -420,7 +430,7 @@ impl Chunk<'_> {
     }
 
     fn join_blocks(&mut self, layer: usize, q: &Tensor, (out, lse): (Tensor, Tensor)) -> Result<Tensor> {
-        if self.slots.is_empty() {
+        if self.slots == 0 {
             return Ok(out);
         }
         let (retrieved, chosen) = self.retrieve(layer, &self.slot_queries(q)?, None)?;
@@ -439,9 +449,10 @@ impl Chunk<'_> {
     ) -> Result<Tensor> {
         let nothing = out.zeros_like()?;
         let (out, whole) = retrieval::join((&out, &lse), (&nothing, score))?;
-        if self.slots.is_empty() {
+        if self.slots == 0 {
             return Ok(out);
         }
+        // In the scores' dtype; the outputs may have another.
         let mut weight = (score - &whole)?.exp()?;
         let time = q.dims()[2];
         if let Some(cutoff) = self.cache.config.context_miss.and_then(|miss| miss.cutoff) {
@@ -458,7 +469,7 @@ impl Chunk<'_> {
                 let places = Tensor::new(active.as_slice(), q.device())?;
                 let q_slots = self.slot_queries(q)?.index_select(&places, 3)?;
                 let (retrieved, _) = self.retrieve(layer, &q_slots, Some(&active))?;
-                let weight = weight.index_select(&places, 2)?.unsqueeze(3)?;
+                let weight = weight.index_select(&places, 2)?.unsqueeze(3)?.to_dtype(out.dtype())?;
                 return Ok(out.index_add(&places, &retrieved.out.broadcast_mul(&weight)?, 2)?);
             }
         }
@@ -466,7 +477,8 @@ impl Chunk<'_> {
         // A block's share is its softmax weight among the chosen ones times the token's.
         let lse = (&retrieved.lse - weight.log()?)?;
         self.trace(&retrieved, &chosen, &lse)?;
-        Ok((out + retrieved.out.broadcast_mul(&weight.unsqueeze(3)?)?)?)
+        let weight = weight.unsqueeze(3)?.to_dtype(out.dtype())?;
+        Ok((out + retrieved.out.broadcast_mul(&weight)?)?)
     }
 
     /// Splits keys (before rotation) and values `[batch, kv_heads, time, head_dim]` into finished blocks and the rest.
@@ -491,10 +503,12 @@ impl Chunk<'_> {
     }
 }
 
-/// Scores of the context-miss key `[batch, kv_heads, 1, head_dim]`, `[batch, heads, time]`.
+/// Scores of the context-miss key `[batch, kv_heads, 1, head_dim]`, `[batch, heads, time]` in f32 (f64 for f64).
 fn miss_score(q: &Tensor, key: &Tensor, scale: f64) -> Result<Tensor> {
     let (batch, heads, _, head_dim) = q.dims4()?;
     let kv_heads = key.dims()[1];
+    let dtype = if q.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let (q, key) = (q.to_dtype(dtype)?, key.to_dtype(dtype)?);
     let key = key.unsqueeze(2)?.broadcast_as((batch, kv_heads, heads / kv_heads, 1, head_dim))?;
     Ok((q.broadcast_mul(&key.reshape((batch, heads, 1, head_dim))?)?.sum(3)? * scale)?)
 }

@@ -59,7 +59,8 @@ impl Layout {
             stored.extend(std::iter::repeat_n(first, mem_freq - size as usize));
             stored.extend(first..=landmark);
         }
-        let mask = Tensor::from_vec(mask, (1, time), device)?.broadcast_as((batch, time))?.contiguous()?;
+        // The operation looks for the landmarks on the CPU.
+        let mask = Tensor::from_vec(mask, (1, time), &Device::Cpu)?.broadcast_as((batch, time))?.contiguous()?;
         let stored = Some(Tensor::new(stored, device)?);
         Ok(Self { landmarks: Landmarks::Mask(mask), landmark_rows, rows, stored })
     }

@@ -14,8 +14,19 @@ fn golden(case: &str) -> HashMap<String, Tensor> {
     candle_core::safetensors::load(&file, &Device::Cpu).unwrap_or_else(|e| panic!("{}: {e}", file.display()))
 }
 
+/// The GPU, in a build for GPUs on a machine that has one.
+fn gpu() -> Option<Device> {
+    if cfg!(feature = "cuda") { Device::new_cuda(0).ok() } else { None }
+}
+
+/// What the cases run on, in f64 and f32; a GPU has no f64.
+fn runs() -> Vec<(Device, DType)> {
+    let cpu = [DType::F64, DType::F32].map(|dtype| (Device::Cpu, dtype));
+    cpu.into_iter().chain(gpu().map(|gpu| (gpu, DType::F32))).collect()
+}
+
 /// The model whose weights all cases share.
-fn model(variant: Variant, dtype: DType) -> Gpt {
+fn model(variant: Variant, dtype: DType, device: &Device) -> Gpt {
     let config = GptConfig {
         model: variant,
         vocab_size: 96,
@@ -30,7 +41,9 @@ fn model(variant: Variant, dtype: DType) -> Gpt {
     };
     let weights = golden("gpt_landmark_forward")
         .into_iter()
-        .filter_map(|(name, tensor)| Some((name.strip_prefix("param.")?.to_string(), tensor.to_dtype(dtype).unwrap())))
+        .filter_map(|(name, tensor)| {
+            Some((name.strip_prefix("param.")?.to_string(), tensor.to_dtype(dtype).unwrap().to_device(device).unwrap()))
+        })
         .collect();
     Gpt::from_tensors(&config, weights).unwrap().detached()
 }
@@ -50,12 +63,13 @@ fn ids(golden: &HashMap<String, Tensor>) -> Tensor {
 
 /// Largest difference of logits, token by token.
 fn differences(got: &Tensor, expected: &Tensor) -> Vec<f64> {
-    let difference = (got.to_dtype(DType::F64).unwrap() - expected).unwrap().abs().unwrap().max(2).unwrap();
+    let got = got.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
+    let difference = (got - expected).unwrap().abs().unwrap().max(2).unwrap();
     difference.flatten_all().unwrap().to_vec1::<f64>().unwrap()
 }
 
 fn cached_logits(model: &Gpt, config: CacheConfig, ids: &Tensor, chunk: usize) -> Tensor {
-    let mut cache = LandmarkCache::new(config, rope(), model.dtype(), &Device::Cpu).unwrap();
+    let mut cache = LandmarkCache::new(config, rope(), model.dtype(), ids.device()).unwrap();
     let logits: Vec<Tensor> = chunks(ids, chunk)
         .iter()
         .map(|chunk| {
@@ -69,7 +83,8 @@ fn cached_logits(model: &Gpt, config: CacheConfig, ids: &Tensor, chunk: usize) -
 fn check_cache(case: &str, top_k: usize, selection: Selection, max_blocks: usize, chunk: usize) {
     let golden = golden(case);
     let ids = ids(&golden);
-    for dtype in [DType::F64, DType::F32] {
+    for (device, dtype) in runs() {
+        let ids = ids.to_device(&device).unwrap();
         let config = CacheConfig {
             layers: 3,
             batch: 2,
@@ -82,7 +97,7 @@ fn check_cache(case: &str, top_k: usize, selection: Selection, max_blocks: usize
             window: 512,
             context_miss: None,
         };
-        let logits = cached_logits(&model(Variant::Landmark, dtype), config, &ids, chunk);
+        let logits = cached_logits(&model(Variant::Landmark, dtype, &device), config, &ids, chunk);
         let off = differences(&logits, &golden["logits"]);
         if dtype == DType::F64 {
             let largest = off.iter().copied().fold(0., f64::max);
@@ -90,7 +105,11 @@ fn check_cache(case: &str, top_k: usize, selection: Selection, max_blocks: usize
         } else {
             // Rounding to f32 may turn the order of two blocks whose scores are that near, and then another block is read.
             let within = off.iter().filter(|&&x| x <= 1e-4).count();
-            assert!(within * 100 >= off.len() * 98, "{case}: {within} of {} tokens within 1e-4 in f32", off.len());
+            assert!(
+                within * 100 >= off.len() * 98,
+                "{case}: {within} of {} tokens within 1e-4 in f32, {device:?}",
+                off.len()
+            );
         }
     }
 }
@@ -122,15 +141,16 @@ cache_cases!(
 #[test]
 fn gpt_xl_cache64_chunk16() {
     let golden = golden("gpt_xl_cache64_chunk16");
-    for (dtype, tolerance) in [(DType::F64, 1e-9), (DType::F32, 1e-4)] {
-        let model = model(Variant::BaseRotary, dtype);
+    for (device, dtype) in runs() {
+        let tolerance = if dtype == DType::F64 { 1e-9 } else { 1e-4 };
+        let model = model(Variant::BaseRotary, dtype, &device);
         let mut cache = XlCache::new(3, 64, rope());
-        let logits: Vec<Tensor> = chunks(&ids(&golden), 16)
+        let logits: Vec<Tensor> = chunks(&ids(&golden).to_device(&device).unwrap(), 16)
             .iter()
             .map(|chunk| model.logits(&model.hidden(chunk, &mut cache, None).unwrap()).unwrap())
             .collect();
         let off = differences(&Tensor::cat(&logits, 1).unwrap(), &golden["logits"]);
         let largest = off.into_iter().fold(0., f64::max);
-        assert!(largest <= tolerance, "off by {largest:e} in {dtype:?}");
+        assert!(largest <= tolerance, "off by {largest:e} in {dtype:?}, {device:?}");
     }
 }
