@@ -312,7 +312,7 @@ impl LandmarkCache {
         self.dropped_tokens += self.lengths.drain(..surplus).map(|n| n as usize).sum::<usize>();
         self.retrievals.done += retrievals.done;
         self.retrievals.skipped += retrievals.skipped;
-        Ok(out.index_select(&ordinary, 1)?)
+        Ok(out.contiguous()?.index_select(&ordinary, 1)?)
     }
 
     /// Tokens of the unfinished block.
@@ -361,7 +361,10 @@ impl Chunk<'_> {
         miss: Option<&Tensor>,
     ) -> Result<Tensor> {
         let (k, v) = match &self.cache.layers[layer].unfinished {
-            Some((old_k, old_v)) => (Tensor::cat(&[old_k, k], 2)?, Tensor::cat(&[old_v, v], 2)?),
+            // candle joins strided tensors into strided ones, which it cannot take rows from.
+            Some((old_k, old_v)) => {
+                (Tensor::cat(&[old_k, &k.contiguous()?], 2)?, Tensor::cat(&[old_v, &v.contiguous()?], 2)?)
+            }
             None => (k.contiguous()?, v.contiguous()?),
         };
         let rotated_q = self.q.apply(q)?;
