@@ -1,9 +1,19 @@
-//! What the machine tells about this process.
+//! What the machine tells about memory.
 
 /// The most memory that this process had at once, in bytes, where the system tells.
 pub fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    kilobytes("/proc/self/status", "VmHWM:")
+}
+
+/// Memory that this process can still get without swapping, in bytes, where the system tells.
+pub fn available_memory() -> Option<u64> {
+    kilobytes("/proc/meminfo", "MemAvailable:")
+}
+
+/// A line of a file of Linux's about memory.
+fn kilobytes(path: &str, name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kilobytes << 10)
 }
@@ -13,7 +23,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn linux_tells_the_peak_memory() {
+    fn linux_tells_how_much_memory_there_is() {
         assert!(peak_memory().unwrap() > 1 << 20);
+        assert!(available_memory().unwrap() > 1 << 20);
     }
 }

@@ -6,6 +6,7 @@ mod curves;
 mod device;
 mod files;
 mod interrupt;
+mod kept;
 mod machine;
 mod plot;
 mod reader;

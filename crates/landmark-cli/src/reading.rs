@@ -3,6 +3,7 @@
 use crate::reader::Reader;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::fmt::Write;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 /// Columns that the words of a block may take.
@@ -64,8 +65,9 @@ pub fn grouped(number: usize) -> String {
     text
 }
 
-/// The `count` blocks that the generated text read most, with their words; `tokens` is the text.
-pub fn most_read(reader: &Reader, tokens: &[u32], count: usize) -> anyhow::Result<String> {
+/// The `count` blocks that the generated text read most, with their words; `tokens` is the text. Blocks with tokens of `marked` are
+/// marked.
+pub fn most_read(reader: &Reader, tokens: &[u32], count: usize, marked: &Range<usize>) -> anyhow::Result<String> {
     let reads = reader.reads();
     if reads.is_empty() {
         return Ok("No blocks were read: none is finished yet, or --cache_topk is 0.\n".into());
@@ -76,7 +78,8 @@ pub fn most_read(reader: &Reader, tokens: &[u32], count: usize) -> anyhow::Resul
         let range = &read.tokens;
         let words = tokens.get(range.clone()).map_or(Ok(String::new()), |tokens| reader.tokenizer().decode(tokens))?;
         let (block, first, last) = (grouped(read.block), grouped(range.start), grouped(range.end - 1));
-        writeln!(text, "{:5.1}%  block {block}, tokens {first} to {last}", 100. * read.weight)?;
+        let mark = if range.start < marked.end && marked.start < range.end { "  <- told here" } else { "" };
+        writeln!(text, "{:5.1}%  block {block}, tokens {first} to {last}{mark}", 100. * read.weight)?;
         writeln!(text, "        {:?}", shortened(&words))?;
     }
     Ok(text)

@@ -4,8 +4,8 @@
 //! pieces give the ids of the whole text.
 
 use anyhow::Context;
-use landmark_data::prepare::border;
-use std::fs::File;
+use landmark_data::prepare::{self, border};
+use std::fs;
 use std::io::Read;
 use std::path::Path;
 
@@ -28,26 +28,28 @@ pub struct TextPieces {
 }
 
 impl TextPieces {
-    /// Reads a file; `-` is the standard input.
+    /// Reads a file, decompressed where its name ends in `.gz` or `.zst`; `-` is the standard input.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
         if path == Path::new("-") {
             return Ok(Self::new(Box::new(std::io::stdin()), "standard input".into(), None, PIECE));
         }
         let name = path.display().to_string();
-        let file = File::open(path).with_context(|| format!("cannot read {name}"))?;
-        let metadata = file.metadata().with_context(|| format!("cannot read {name}"))?;
+        let cannot = || format!("cannot read {name}");
+        let metadata = fs::metadata(path).with_context(cannot)?;
         if metadata.is_dir() {
             anyhow::bail!("cannot read {name}: it is a folder, expected a text file");
         }
-        let length = metadata.is_file().then_some(metadata.len());
-        Ok(Self::new(Box::new(file), name, length, PIECE))
+        let is_compressed = path.extension().is_some_and(|ending| ending == "gz" || ending == "zst");
+        let length = (metadata.is_file() && !is_compressed).then_some(metadata.len());
+        let source = prepare::open(path).with_context(cannot)?;
+        Ok(Self::new(source, name, length, PIECE))
     }
 
     fn new(source: Box<dyn Read>, name: String, length: Option<u64>, piece: usize) -> Self {
         Self { source, name, length, buffer: Vec::new(), offset: 0, lines: 0, piece }
     }
 
-    /// The length of the text in bytes; `None` for a pipe.
+    /// The length of the text in bytes; `None` for a pipe, and for what is compressed.
     pub fn length(&self) -> Option<u64> {
         self.length
     }
@@ -55,6 +57,15 @@ impl TextPieces {
     /// Bytes that were returned so far.
     pub fn offset(&self) -> u64 {
         self.offset
+    }
+
+    /// All that is left.
+    pub fn rest(mut self) -> anyhow::Result<String> {
+        let mut text = String::new();
+        while let Some(piece) = self.next()? {
+            text.push_str(&piece);
+        }
+        Ok(text)
     }
 
     /// The next piece; `None` at the end.

@@ -74,18 +74,79 @@ fn generate_shows_the_blocks_that_were_read() {
 }
 
 #[test]
-fn passkey_counts_every_prompt_in_table_csv_and_plot() {
-    let flags = "--lengths 300,900 --trials 3 --without_retrieval --csv found.csv --plot found.svg";
-    let table = text(&format!("passkey {CHECKPOINT} --filler book.txt {flags}"), "");
-    assert_eq!(table.lines().count(), 3, "{table}");
-    assert!(table.lines().nth(1).unwrap().trim_start().starts_with("300 ") && table.contains("/3 = "), "{table}");
+fn passkey_counts_every_prompt_in_table_json_csv_and_plot() {
+    let flags = "--lengths 300,900 --trials 3 --without_retrieval --all_selection_methods --batch_size 2 --out found \
+        --json found.json --csv found.csv --plot found.svg";
+    let flags = format!("passkey {CHECKPOINT} --filler book.txt {flags}");
+    let table = text(&flags, "");
+    let lines: Vec<&str> = table.lines().collect();
+    assert_eq!(lines.len(), 1 + 2 * 4 + 1, "{table}");
+    assert!(lines[1].trim_start().starts_with("300 ") && lines[5].trim_start().starts_with("900 "), "{table}");
+    let ways =
+        ["3 blocks, per_token_and_head", "3 blocks, max_over_heads", "3 blocks, max_over_tokens", "the last window"];
+    for (line, way) in lines[1..].iter().zip(ways.into_iter().cycle()).take(8) {
+        assert!(line.contains(way) && line.contains("/3 = "), "{way}: {table}");
+    }
     let csv = fs::read_to_string(MODEL.path().join("found.csv")).unwrap();
     let (head, rows) = csv.split_once('\n').unwrap();
-    assert_eq!(head, "length,trial,top_k,selection,depth,key,answer,right,seconds");
-    for start in ["300,0,3,per_token_and_head,", "900,2,0,per_token_and_head,"] {
+    assert_eq!(head, "length,trial,lm_cache,top_k,selection,depth,key,answer,right,seconds");
+    for start in ["300,0,mem,3,per_token_and_head,", "900,2,mem,3,max_over_tokens,", "900,1,none,,,"] {
         assert!(rows.starts_with(start) || rows.contains(&format!("\n{start}")), "{start}: {csv}");
     }
-    assert!(fs::read_to_string(MODEL.path().join("found.svg")).unwrap().contains("without retrieval"));
+    assert!(fs::read_to_string(MODEL.path().join("found.svg")).unwrap().contains("the last window alone"));
+    let json = || -> serde_json::Value {
+        serde_json::from_slice(&fs::read(MODEL.path().join("found.json")).unwrap()).unwrap()
+    };
+    let all = json();
+    let results = all["results"].as_array().unwrap();
+    assert_eq!((results.len(), results[7]["trials"].as_array().unwrap().len()), (8, 3));
+    // Whatever is read side by side, the answers are the same; those that are kept are not asked for again.
+    let answers = |all: &serde_json::Value| -> Vec<String> {
+        let trials = all["results"].as_array().unwrap().iter().flat_map(|cell| cell["trials"].as_array().unwrap());
+        trials.map(|trial| trial["answer"].to_string()).collect()
+    };
+    text(&flags.replace("--batch_size 2 --out found ", "--batch_size 3 --max_cache_gb 0.0001 --out other "), "");
+    assert_eq!(answers(&json()), answers(&all));
+    let more = flags.replace("--trials 3", "--trials 4");
+    text(&more, "");
+    let seconds = |all: &serde_json::Value, trial: usize| all["results"][1]["trials"][trial]["seconds"].clone();
+    let went_on = json();
+    assert_eq!(seconds(&went_on, 2), seconds(&all, 2));
+    assert!(seconds(&went_on, 3).is_number());
+}
+
+#[test]
+fn passkey_asks_for_one_of_several_keys() {
+    let flags = "--lengths 900 --trials 2 --keys 4 --out several --json several.json";
+    text(&format!("passkey {CHECKPOINT} --filler data/text/validation.tokens {flags}"), "");
+    let json = fs::read_to_string(MODEL.path().join("several.json")).unwrap();
+    let all: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&all["keys"], all["results"][0]["trials"].as_array().unwrap().len()), (&4.into(), 2));
+}
+
+/// What was finished before an interruption is not done again.
+#[cfg(unix)]
+#[test]
+fn an_interrupted_passkey_goes_on() {
+    let flags = "passkey --checkpoint exps/text/landmark/e --filler book.txt --lengths 4000 --trials 400 --out stopped --csv stopped.csv";
+    let mut command = Command::new(env!("CARGO_BIN_EXE_landmark"));
+    command.current_dir(MODEL.path()).args(flags.split_whitespace()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    let cells = MODEL.path().join("stopped/cells");
+    while fs::read_dir(&cells).map_or(0, Iterator::count) == 0 {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let log = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(130), "{log}");
+    assert!(log.contains("The same command goes on"), "{log}");
+    let csv = || fs::read_to_string(MODEL.path().join("stopped.csv")).unwrap();
+    let before = csv();
+    let done = before.lines().count() - 1;
+    assert!((1..400).contains(&done), "{before}");
+    text(&flags.replace("--trials 400", &format!("--trials {}", done + 1)), "");
+    assert!(csv().starts_with(&before) && csv().lines().count() == done + 2);
 }
 
 /// A model that was trained on blocks that are sentences is read, evaluated and generated from with such blocks.
@@ -114,7 +175,7 @@ fn landmarks_are_where_the_model_was_trained_to_have_them() {
     }
     assert!(short > 0, "{shown}");
     let table = text(&format!("passkey {checkpoint} --filler book.txt --lengths 400 --trials 2"), "");
-    assert_eq!(table.lines().count(), 2, "{table}");
+    assert!(table.contains(" 400 ") && table.contains("/2 = "), "{table}");
     for flags in ["--use_cache --eval_seq_length 300 --mid_length 40 --batch_size 3", "--lm_cache none"] {
         let table = text(&format!("eval {checkpoint} --file book.txt {flags}"), "");
         assert!(table.contains("perplexity"), "{table}");
@@ -134,9 +195,21 @@ fn what_cannot_be_read_is_named() {
         (&format!("generate {CHECKPOINT} --lm_cache kv"), "--lm_cache kv is refused"),
         (&format!("passkey {CHECKPOINT} --lengths 100"), "--lengths 100: too short"),
         (&format!("passkey {CHECKPOINT} --trials 0"), "--trials 0: expected at least 1"),
-        (&format!("passkey {CHECKPOINT} --filler nowhere.txt"), "--filler: cannot read nowhere.txt"),
+        (&format!("passkey {CHECKPOINT} --filler nowhere.txt"), "--filler nowhere.txt: cannot read nowhere.txt"),
         (&format!("passkey {CHECKPOINT} --lengths 300 --trials 1 --csv no/where.csv"), "--csv no/where.csv: cannot"),
         (&format!("passkey {CHECKPOINT} --lm_cache none --without_retrieval"), "--without_retrieval is refused"),
+        (
+            &format!("passkey {CHECKPOINT} --lm_cache none --all_selection_methods"),
+            "--all_selection_methods is refused",
+        ),
+        (&format!("passkey {CHECKPOINT} --keys 0"), "--keys 0: expected 1 to 32"),
+        (&format!("passkey {CHECKPOINT} --keys 9 --lengths 400"), "--lengths 400: too short, the task, 9 keys"),
+        (&format!("passkey {CHECKPOINT} --batch_size 0"), "--batch_size 0: expected at least 1"),
+        (&format!("passkey {CHECKPOINT} --max_cache_gb 0"), "--max_cache_gb: expected a number above 0"),
+        (&format!("demo {CHECKPOINT} --file book.txt --depth 2"), "--depth 2: expected a share from 0 to 1"),
+        (&format!("demo {CHECKPOINT} --file book.txt --tokens 9"), "--tokens 9: too short"),
+        (&format!("demo {CHECKPOINT} --file book.txt --cache_topk 0"), "the demonstration is about retrieval"),
+        ("demo --checkpoint nowhere", "--checkpoint nowhere: no such folder"),
     ];
     for (arguments, reason) in cases {
         let arguments = arguments.replace("--temperature -1", "--temperature=-1");
@@ -146,18 +219,43 @@ fn what_cannot_be_read_is_named() {
 }
 
 #[test]
-fn the_demonstration_learns_reads_and_writes() {
-    let folder = tempfile::tempdir().unwrap();
-    let output = landmark(folder.path(), "demo --iterations 2", "");
-    let shown = String::from_utf8(output.stdout).unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    for part in
-        ["1. Learning", "2/2", "2. Reading", "landmark cache: 3 blocks", "without retrieval", "3. Writing", "block "]
-    {
+fn the_demonstration_tells_reads_and_asks() {
+    let demo = format!("demo {CHECKPOINT} --file book.txt --tokens 6000 --key 31415 --depth 0.6");
+    let shown = text(&demo, "");
+    for part in [
+        "a model whose window is 64 tokens reads 6,000",
+        "\"The pass key is 31415. Remember it. 31415 is the pass key.\" at token 3,",
+        "6,000 tokens in ",
+        "What is the pass key? The pass key is\n",
+        "What is Martha's number? Martha's number is\n",
+        "the same model, its window alone",
+        "%  block ",
+        "with retrieval",
+        "at most ",
+    ] {
         assert!(shown.contains(part), "{part}: {shown}");
     }
+    // A model that learned for a moment cannot know, and nothing says that it does.
+    assert!(shown.matches("  wrong: ").count() == 4 && !shown.contains("right: "), "{shown}");
     // What it proposes to do next works as it stands.
-    let next = shown.lines().find_map(|line| line.trim().split_once(" generate ")).unwrap().1;
-    let next = landmark(folder.path(), &format!("generate {next} --max_new_tokens 3"), "");
-    assert!(next.status.success(), "{}", String::from_utf8_lossy(&next.stderr));
+    for command in ["passkey", "eval", "generate"] {
+        let next = shown.lines().find_map(|line| line.trim().split_once(&format!(" {command} "))).unwrap().1;
+        let next = match command {
+            "passkey" => format!("{next} --trials 1 --lengths 800"),
+            "eval" => format!("{next} --eval_seq_length 2000"),
+            _ => format!("{next} --max_new_tokens 3"),
+        };
+        text(&format!("{command} {next}"), "");
+    }
+}
+
+/// Text is read as it ships: compressed.
+#[test]
+fn compressed_text_is_read_as_plain() {
+    let plain = text(&format!("generate {CHECKPOINT} --file book.txt --max_new_tokens 9"), "");
+    let book = fs::read(MODEL.path().join("book.txt")).unwrap();
+    fs::write(MODEL.path().join("book.txt.zst"), zstd::encode_all(&book[..], 3).unwrap()).unwrap();
+    assert_eq!(text(&format!("generate {CHECKPOINT} --file book.txt.zst --max_new_tokens 9"), ""), plain);
+    fs::write(MODEL.path().join("broken.txt.zst"), b"no frame").unwrap();
+    assert!(error(&format!("generate {CHECKPOINT} --file broken.txt.zst")).contains("cannot read broken.txt.zst"));
 }

@@ -147,6 +147,11 @@ impl LandmarkCache {
         self.config.window - (self.config.top_k + 1) * (self.config.mem_freq + 1)
     }
 
+    /// Ordinary tokens of a full block.
+    pub fn mem_freq(&self) -> usize {
+        self.config.mem_freq
+    }
+
     /// Blocks that a query reads.
     pub fn top_k(&self) -> usize {
         self.config.top_k
@@ -165,6 +170,15 @@ impl LandmarkCache {
     /// Bytes set aside for blocks, in all layers.
     pub fn bytes(&self) -> usize {
         self.layers.iter().map(|layer| layer.store.bytes()).sum()
+    }
+
+    /// Sets memory aside for so many blocks, or as many as are kept: a text of known length is then read without ever copying its
+    /// blocks to a larger place.
+    ///
+    /// # Errors
+    /// Not so much memory on the device.
+    pub fn reserve(&mut self, blocks: usize) -> Result<()> {
+        self.layers.iter_mut().try_for_each(|layer| layer.store.reserve(blocks))
     }
 
     /// Share of the tokens' and layers' retrievals that the context-miss token saved.

@@ -86,7 +86,7 @@ impl BlockStore {
     }
 
     /// Makes room for `blocks`, at most the limit, by doubling. A ring grows only before it first wraps.
-    fn reserve(&mut self, blocks: usize) -> Result<()> {
+    pub fn reserve(&mut self, blocks: usize) -> Result<()> {
         let capacity = self.keys.dims()[2];
         let wanted = self.max_blocks.map_or(blocks, |max| max.min(blocks));
         if wanted <= capacity {

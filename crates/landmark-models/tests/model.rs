@@ -195,3 +195,24 @@ fn bad_input_is_an_error() {
     assert!(matches!(model.loss(&hidden, &nothing, None), Err(Error::Value { name: "targets", .. })));
     assert!(matches!(Gpt::init(&config(), 3, DType::BF16, &CPU), Err(Error::DType { .. })));
 }
+
+/// Models are handed on in half of the bytes; the CPU computes in f32 with what is left of their weights.
+#[test]
+fn half_precision_files_are_read_as_f32() {
+    let model = Gpt::init(&config(), 1, DType::F32, &CPU).unwrap();
+    for half in [DType::BF16, DType::F16] {
+        let dir = tempfile::tempdir().unwrap();
+        model.save(dir.path()).unwrap();
+        let halves: HashMap<String, Tensor> =
+            model.parameters().iter().map(|(name, p)| (name.clone(), p.to_dtype(half).unwrap())).collect();
+        candle_core::safetensors::save(&halves, dir.path().join("model.safetensors")).unwrap();
+        let read = Gpt::load(dir.path(), &CPU).unwrap();
+        assert_eq!(read.dtype(), DType::F32);
+        for (name, parameter) in read.parameters() {
+            let off = (parameter.as_tensor() - halves[name].to_dtype(DType::F32).unwrap()).unwrap().abs().unwrap();
+            assert_eq!(off.max_all().unwrap().to_scalar::<f32>().unwrap(), 0., "{name}");
+        }
+        let loss = loss_and_gradients(&read, None).0;
+        assert!((loss - loss_and_gradients(&model, None).0).abs() < 1e-2);
+    }
+}

@@ -1,66 +1,84 @@
-//! `landmark` without arguments: a small model learns most of a novel, then reads the rest of it, far outside its window.
+//! `landmark` without arguments: the model that ships with the project reads a whole novel through the landmark cache, and answers two
+//! questions about what was told once in it.
 
-mod lines;
-mod training;
+mod hidden;
+mod next;
 
-use crate::files;
+use crate::commands::passkey::{number, question, told};
 use crate::interrupt;
 use crate::machine::peak_memory;
-use crate::reader::{CacheFlags, Reader};
+use crate::reader::{self, CacheFlags, LmCache, Reader, fitting};
 use crate::reading::{ReadingBar, grouped, most_read, rate};
 use crate::sampling::Sampler;
-use anyhow::Context;
-use landmark_data::Tokenizer;
+use crate::text_pieces::TextPieces;
+use anyhow::{Context, bail};
+use clap::{Args as _, FromArgMatches};
+use hidden::{Fact, hide};
 use landmark_models::gpt::Gpt;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-/// Northanger Abbey, by Jane Austen; assets/README.md says more.
-const BOOK: &str = include_str!("../../../../assets/book.txt");
-/// The share of the book that the model learns from.
-const LEARNED: f64 = 0.88;
-/// What the model goes on with after it has read the rest.
-const PROMPT: &str = "\n\nCatherine ";
-/// The length of what it writes.
-const WRITTEN: usize = 240;
-/// Low enough for mostly words, in a model this small.
-const TEMPERATURE: f64 = 0.6;
-/// Blocks that each token reads.
-const TOP_K: usize = 3;
+/// The model that ships with the project.
+const MODEL: &str = "models/landmark-14m";
+/// A book that it has not seen in training; assets/README.md says more.
+const BOOK: &str = "assets/persuasion.txt.zst";
+const TITLE: &str = "Persuasion, by Jane Austen";
+/// How many tokens, at the end of the text, have their perplexity measured with retrieval and without.
+const SCORED: usize = 32_768;
+/// Tokens of an answer, as `landmark passkey` has them.
+const ANSWER: usize = 8;
+/// How far into the text the plain fact is told, of 1.
+const EARLY: f64 = 0.05;
 
 /// Flags of `landmark demo`.
 #[derive(clap::Args, Debug)]
 #[command(rename_all = "snake_case")]
 pub struct Args {
-    /// Training steps; fewer are quicker, and the model is worse
-    #[arg(long, value_name = "N", default_value_t = training::ITERATIONS)]
-    iterations: usize,
-    /// On a machine that would need longer for the training, make it that much shorter
-    #[arg(long, value_name = "SECONDS", default_value_t = 150.)]
-    time_limit: f64,
-    /// Decides the first weights, the order of the text and what is written
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    /// Another model than the one that ships with the project: a checkpoint's folder, or an experiment's
+    #[arg(long, alias = "model", value_name = "DIR", help_heading = "Model")]
+    checkpoint: Option<PathBuf>,
+    /// Where to compute: auto, cpu or cuda:N
+    #[arg(long, default_value_t = crate::args::DeviceChoice::Auto, help_heading = "Model")]
+    device: crate::args::DeviceChoice,
+    /// Read this text (.txt, .gz, .zst) instead of the book that ships with the project
+    #[arg(long, value_name = "FILE", help_heading = "Text")]
+    file: Option<PathBuf>,
+    /// Read so many tokens: the beginning of the text, or the text again and again. Left out: all of it, once
+    #[arg(long, value_name = "N", help_heading = "Text")]
+    tokens: Option<usize>,
+    /// Decides the numbers that are hidden
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Text")]
     seed: u64,
-    /// Where the model is kept; an earlier demonstration's is replaced
-    #[arg(long, value_name = "DIR", default_value = "exps/demo")]
-    out: PathBuf,
+    /// The pass key, instead of one that is drawn
+    #[arg(long, value_name = "N", help_heading = "Text")]
+    key: Option<u64>,
+    /// How far into the text it is told, from 0 to 1
+    #[arg(long, value_name = "SHARE", default_value_t = 0.35, help_heading = "Text")]
+    depth: f64,
+    #[command(flatten)]
+    cache: CacheFlags,
 }
 
 impl Default for Args {
     /// What `landmark` without arguments does.
     fn default() -> Self {
-        Self { iterations: training::ITERATIONS, time_limit: 150., seed: 1, out: "exps/demo".into() }
+        let matches = Self::augment_args(clap::Command::new("demo")).get_matches_from(["demo"]);
+        Self::from_arg_matches(&matches).expect("every flag may be left out")
     }
 }
 
 /// Shows it all.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let limit = Duration::try_from_secs_f64(args.time_limit).context("--time_limit")?;
+    if !(0. ..=1.).contains(&args.depth) {
+        bail!("--depth {}: expected a share from 0 to 1", args.depth);
+    }
     interrupt::watch()?;
     let mut out = std::io::stdout();
-    match demonstrate(&args, limit, &mut out) {
+    match demonstrate(&args, &mut out) {
         // Whoever reads has read enough, as `head` does.
         Err(error) if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) => {
             Ok(ExitCode::SUCCESS)
@@ -74,164 +92,233 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn demonstrate(args: &Args, limit: Duration, out: &mut impl Write) -> anyhow::Result<()> {
+fn demonstrate(args: &Args, out: &mut impl Write) -> anyhow::Result<()> {
     let begun = Instant::now();
-    let (learned, unseen) = divided();
-    let tokenizer = Tokenizer::bytes();
-    let settings = training::settings(args.iterations, args.seed);
-    let config = &settings.model;
-    writeln!(out, "Landmark attention in one run: a small model learns most of a novel, then reads the rest")?;
-    writeln!(out, "of it, which is {} times as long as its window.", unseen.len() / config.sequence_length)?;
-    writeln!(out, "\n1. Learning: Northanger Abbey, by Jane Austen (its first {} bytes)", grouped(learned.len()))?;
-    writeln!(
-        out,
-        "   {} layers, {} wide, {} heads; a window of {} tokens, a landmark after every {}; tokens are bytes",
-        config.n_layer,
-        config.n_embd,
-        config.n_head,
-        config.sequence_length,
-        config.mem_freq.unwrap_or_default()
-    )?;
-    let Some(model) = training::train(&settings, learned, unseen, limit, out)? else {
-        return Ok(());
+    let folder = match &args.checkpoint {
+        Some(folder) => reader::checkpoint(folder)?,
+        None => shipped(MODEL).with_context(|| missing(MODEL, "a model with --checkpoint DIR"))?,
     };
-    save(&args.out, &model, &tokenizer, unseen)?;
+    let model = reader::load(&folder, args.device)?;
+    let tokenizer = reader::tokenizer(&folder, None)?;
+    let mut reader = Reader::new(model.detached(), tokenizer.clone(), &args.cache)?;
+    let Some(top_k) = reader.top_k().filter(|&k| k > 0) else {
+        bail!("the demonstration is about retrieval: it needs a model with landmarks, and --cache_topk of at least 1");
+    };
+    let file = match &args.file {
+        Some(file) => file.clone(),
+        None => shipped(BOOK).with_context(|| missing(BOOK, "a text with --file FILE"))?,
+    };
+    let text = tokenizer.encode(&TextPieces::open(&file)?.rest()?)?;
+    let mut facts = facts(args);
+    let tokens = hide(&text, args.tokens.unwrap_or(text.len()), &mut facts, &tokenizer)?;
+    introduce(&model, &folder, args, &tokens, &facts, out)?;
 
-    let tokens = tokenizer.encode(unseen)?;
-    let model = model.detached();
-    let Some((reader, tokens)) = read(&model, &tokenizer, tokens, out)? else {
-        return Ok(());
-    };
-    write_on(reader, tokens, args.seed, out)?;
-    if interrupt::requested() {
-        return Ok(());
-    }
-    let memory = peak_memory().map_or(String::new(), |bytes| format!(", at most {} MB of memory", bytes >> 20));
+    let chunk = reader.chunk();
     writeln!(
         out,
-        "\nDone in {:.0} s{memory}. The model is in {}. To go on:",
-        begun.elapsed().as_secs_f64(),
-        args.out.display()
+        "\nReading, {chunk} tokens at a time; each token and head chooses {top_k} blocks by their landmarks"
     )?;
-    for command in next_commands(&args.out) {
+    // A whole number of chunks: then retrieval is all that differs from the reading without it.
+    let scored = tokens.len().saturating_sub(SCORED).max(tokens.len() / 2) / chunk * chunk;
+    reader.reserve(tokens.len() + 1000)?;
+    let Some(with) = read(&mut reader, &tokens, scored, "reading")? else { return Ok(()) };
+    writeln!(
+        out,
+        "  {} tokens in {:.1} s, {} tok/s; {} blocks in {} MB, no position beyond the window's {}",
+        grouped(tokens.len()),
+        with.seconds,
+        grouped((tokens.len() as f64 / with.seconds) as usize),
+        grouped(reader.blocks()),
+        grouped(reader.cache_bytes() >> 20),
+        model.config().sequence_length
+    )?;
+
+    let mut asked = tokens;
+    for fact in &facts {
+        if interrupt::requested() {
+            return Ok(());
+        }
+        ask(&mut reader, &model, fact, &mut asked, out)?;
+    }
+    drop(reader);
+
+    let flags = CacheFlags { cache_topk: Some(0), mid_length: Some(chunk), ..args.cache.clone() };
+    let mut window = Reader::new(model.detached(), tokenizer, &flags)?;
+    let end = &asked[scored..scored + with.losses];
+    let Some(without) = read(&mut window, end, 0, "without retrieval")? else { return Ok(()) };
+    writeln!(out, "\nPerplexity of the last {} tokens of the text", grouped(without.losses))?;
+    writeln!(out, "  {:>8.2}  with retrieval", with.perplexity)?;
+    writeln!(out, "  {:>8.2}  without, the same {chunk} tokens at a time", without.perplexity)?;
+
+    let memory = peak_memory().map_or(String::new(), |bytes| format!(", at most {} MB of memory", bytes >> 20));
+    writeln!(out, "\nDone in {:.0} s{memory}. To go on:", begun.elapsed().as_secs_f64())?;
+    for command in next::commands(&folder, &file) {
         writeln!(out, "  {command}")?;
     }
     Ok(())
 }
 
-/// What is learned, and what is not seen in training: it begins with a line.
-fn divided() -> (&'static str, &'static str) {
-    let from = (BOOK.len() as f64 * LEARNED) as usize;
-    // The book is ASCII: every place is between two characters.
-    let line = BOOK[from..].find('\n').map_or(BOOK.len(), |end| from + end + 1);
-    BOOK.split_at(line)
+/// What is told, and asked for in this order.
+fn facts(args: &Args) -> [Fact; 2] {
+    let mut rng = ChaCha8Rng::seed_from_u64(args.seed);
+    let mut number = |from: u64, to: u64| from + rng.next_u64() % (to - from);
+    let (key, plain) = (number(10_000, 50_000), number(1000, 10_000));
+    let key = args.key.unwrap_or(key);
+    let statement = format!("\nKeep this in mind: Martha's number is {plain}.\n");
+    [
+        Fact::new(args.depth, told("pass key", key), &question("pass key"), key),
+        Fact::new(EARLY, statement, "\nWhat is Martha's number? Martha's number is", plain),
+    ]
 }
 
-/// Reads the unseen text twice, with retrieval and without, and says how well either predicts it.
-fn read(
+/// Says what there is.
+fn introduce(
     model: &Gpt,
-    tokenizer: &Tokenizer,
-    mut tokens: Vec<u32>,
+    folder: &Path,
+    args: &Args,
+    tokens: &[u32],
+    facts: &[Fact],
     out: &mut impl Write,
-) -> anyhow::Result<Option<(Reader, Vec<u32>)>> {
-    let window = model.config().sequence_length;
-    // A block's worth at a time: what the model knows of the text before that is what it retrieves.
-    let chunk = model.config().mem_freq;
+) -> anyhow::Result<()> {
+    let config = model.config();
+    let window = config.sequence_length;
+    let parameters: usize = model.parameters().values().map(|var| var.elem_count()).sum();
     writeln!(
         out,
-        "\n2. Reading: the unseen {} bytes, {} windows, in one go, {} at a time",
-        grouped(tokens.len()),
-        tokens.len() / window,
-        chunk.unwrap_or_default()
+        "Landmark attention: a model whose window is {window} tokens reads {} and answers from them.\n",
+        grouped(tokens.len())
     )?;
-    writeln!(out, "                                        perplexity  bits a byte      tok/s")?;
-    let mut last = None;
-    for top_k in [TOP_K, 0] {
-        let flags = CacheFlags { cache_topk: Some(top_k), mid_length: chunk, ..CacheFlags::default() };
-        let mut reader = Reader::new(model.detached(), tokenizer.clone(), &flags)?;
-        let (mut bar, begun) = (ReadingBar::new("   reading", Some(tokens.len() as u64)), Instant::now());
-        let losses = reader.read_with_losses(&tokens, |done, _| {
-            bar.set(done as u64, done);
-            !interrupt::requested()
-        })?;
-        let took = begun.elapsed();
-        bar.finish();
-        if interrupt::requested() {
-            return Ok(None);
-        }
-        let loss = losses.iter().sum::<f64>() / losses.len() as f64;
-        let name = match top_k {
-            0 => "   without retrieval".to_string(),
-            k => format!("   landmark cache: {k} blocks a token"),
-        };
-        let (perplexity, bits) = (loss.exp(), loss / std::f64::consts::LN_2);
-        writeln!(out, "{name:38}  {perplexity:>10.3}  {bits:>11.3}  {:>9}", grouped(rate(losses.len(), took)))?;
-        if top_k > 0 {
-            last = Some(reader);
-        }
-    }
-    let Some(mut reader) = last else { return Ok(None) };
-    let (blocks, bytes) = (grouped(reader.blocks()), reader.cache_bytes() >> 20);
-    writeln!(out, "   The cache holds {blocks} blocks in {bytes} MB; no position is beyond the window's {window}.")?;
-    let prompt = tokenizer.encode(PROMPT)?;
-    reader.read(&prompt, |_| true)?;
-    tokens.extend(prompt);
-    Ok(Some((reader, tokens)))
-}
-
-/// Goes on with the text, and shows what was read for it.
-fn write_on(mut reader: Reader, mut tokens: Vec<u32>, seed: u64, out: &mut impl Write) -> anyhow::Result<()> {
-    writeln!(out, "\n3. Writing: how the model goes on, having read all that\n")?;
-    let tokenizer = reader.tokenizer().clone();
-    let mut decoder = tokenizer.decoder();
-    let mut lines = lines::Lines::new(out, "   ");
-    lines.push(PROMPT.trim_start())?;
-    reader.trace_reads();
-    reader.generate(WRITTEN, &mut Sampler::with(TEMPERATURE, seed), |token| {
-        tokens.push(token);
-        lines.push(&decoder.push(token)?)?;
-        Ok(!interrupt::requested())
-    })?;
-    lines.push(&decoder.finish()?)?;
-    lines.end_word()?;
-    writeln!(out, "\n")?;
-    for line in most_read(&reader, &tokens, 4)?.lines() {
-        writeln!(out, "   {line}")?;
+    writeln!(
+        out,
+        "Model   {}: {:.1} million parameters, {} layers, {} wide, {} heads; a landmark after every {} tokens",
+        folder.display(),
+        parameters as f64 / 1e6,
+        config.n_layer,
+        config.n_embd,
+        config.n_head,
+        config.mem_freq.unwrap_or_default()
+    )?;
+    let text = match &args.file {
+        None => format!("{TITLE}, which the model has never seen"),
+        Some(file) => file.display().to_string(),
+    };
+    let windows = tokens.len() / window;
+    writeln!(out, "Text    {text}: {} tokens, {} windows; told once in it:", grouped(tokens.len()), grouped(windows))?;
+    for fact in facts {
+        let share = 100. * fact.at.start as f64 / tokens.len() as f64;
+        writeln!(out, "        {:?} at token {} ({share:.0} %)", fact.told.trim(), grouped(fact.at.start))?;
     }
     Ok(())
 }
 
-/// Keeps the model as `landmark train` keeps one, and the texts that the next commands use.
-fn save(folder: &Path, model: &Gpt, tokenizer: &Tokenizer, unseen: &str) -> anyhow::Result<()> {
-    let context = || format!("--out {}", folder.display());
-    model.save(folder).with_context(context)?;
-    tokenizer.save(folder).with_context(context)?;
-    files::write(&folder.join("book.txt"), BOOK.as_bytes()).with_context(context)?;
-    files::write(&folder.join("unseen.txt"), unseen.as_bytes()).with_context(context)
+/// How a text was read.
+struct Read {
+    seconds: f64,
+    /// Tokens at its end that have a loss, and their perplexity.
+    losses: usize,
+    perplexity: f64,
 }
 
-/// Commands that work as they stand, in the folder where the demonstration ran.
-fn next_commands(folder: &Path) -> Vec<String> {
-    let program = std::env::args().next().unwrap_or_else(|| "landmark".into());
-    let (program, folder) = (quoted(&program), folder.display().to_string());
-    let (model, unseen, book) =
-        (quoted(&folder), quoted(&format!("{folder}/unseen.txt")), quoted(&format!("{folder}/book.txt")));
-    vec![
-        format!("{program} generate --checkpoint {model} --file {unseen} --show_blocks"),
-        format!("{program} passkey --checkpoint {model} --lengths 500,2000,8000 --filler {book}"),
-        format!("{program} prepare --dataset text --data_dir {book} --out data/book"),
-        format!(
-            "{program} train --dataset book --model landmark --n_layer 4 --n_embd 256 --batch_size 8 --acc_steps 1"
-        ),
-    ]
-}
-
-/// As a shell takes it.
-fn quoted(word: &str) -> String {
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+".contains(c);
-    if !word.is_empty() && word.chars().all(is_plain) {
-        word.into()
-    } else {
-        format!("'{}'", word.replace('\'', "'\\''"))
+/// Reads a text, and scores it from token `scored` on, but for that one: without a text before it, it has no loss.
+fn read(reader: &mut Reader, tokens: &[u32], scored: usize, what: &str) -> anyhow::Result<Option<Read>> {
+    let mut bar = ReadingBar::new(&format!("  {what}"), Some(tokens.len() as u64));
+    let mut show = |done: usize| {
+        bar.set(done as u64, done);
+        !interrupt::requested()
+    };
+    let begun = Instant::now();
+    reader.read(&tokens[..scored], &mut show)?;
+    let mut losses = Vec::new();
+    if !interrupt::requested() {
+        losses = reader.read_with_losses(&tokens[scored..], |done, _| show(scored + done))?;
     }
+    let seconds = begun.elapsed().as_secs_f64();
+    bar.finish();
+    if interrupt::requested() {
+        return Ok(None);
+    }
+    let first = if scored > 0 { 1 } else { 0 };
+    let mean = losses[first..].iter().sum::<f64>() / (losses.len() - first) as f64;
+    Ok(Some(Read { seconds, losses: tokens.len() - scored, perplexity: mean.exp() }))
+}
+
+/// Asks for a fact, shows the answer and what was read for it, and what the window alone makes of the question. `tokens` is the text so
+/// far, and goes on with the question and the answer.
+fn ask(
+    reader: &mut Reader,
+    model: &Gpt,
+    fact: &Fact,
+    tokens: &mut Vec<u32>,
+    out: &mut impl Write,
+) -> anyhow::Result<()> {
+    let tokenizer = reader.tokenizer().clone();
+    let question = tokenizer.encode(&fact.question)?;
+    tokens.extend(&question);
+    // What the window alone sees.
+    let flags = CacheFlags { lm_cache: Some(LmCache::None), ..CacheFlags::default() };
+    let mut window = Reader::new(model.detached(), tokenizer.clone(), &flags)?;
+    let seen = fitting(model.config().sequence_length, model.config()).min(tokens.len());
+    window.read(&tokens[tokens.len() - seen..], |_| true)?;
+    let without = tokenizer.decode(&answer(&mut window)?)?;
+
+    reader.read(&question, |_| true)?;
+    reader.trace_reads();
+    let begun = Instant::now();
+    let answer = answer(reader)?;
+    let took = begun.elapsed();
+    tokens.extend(&answer);
+    let text = tokenizer.decode(&answer)?;
+    let verdict = |answer: &str| match number(answer) {
+        Some(number) if number == fact.number => "right",
+        _ => "wrong",
+    };
+    writeln!(out, "\n{}", fact.question.trim())?;
+    writeln!(
+        out,
+        "  {:<24}  {}: told {} tokens ago",
+        shown(&text),
+        verdict(&text),
+        grouped(tokens.len() - fact.at.end)
+    )?;
+    writeln!(out, "  {:<24}  {}: the same model, its window alone", shown(&without), verdict(&without))?;
+    let mut told = Vec::new();
+    for line in most_read(reader, tokens, 3, &fact.at)?.lines() {
+        told.push(format!("  {line}"));
+    }
+    writeln!(out, "{}", told.join("\n"))?;
+    writeln!(out, "  {} tokens written at {} tok/s", answer.len(), grouped(rate(answer.len(), took)))?;
+    Ok(())
+}
+
+/// What the model says next.
+fn answer(reader: &mut Reader) -> anyhow::Result<Vec<u32>> {
+    let mut answer = Vec::new();
+    reader.generate(ANSWER, &mut Sampler::greedy(), |token| {
+        answer.push(token);
+        Ok(true)
+    })?;
+    Ok(answer)
+}
+
+/// On one line, in quotes.
+fn shown(answer: &str) -> String {
+    format!("{:?}", answer.trim())
+}
+
+/// What ships with the project, which is looked for where the program is, then where it was started, and above.
+fn shipped(path: &str) -> Option<PathBuf> {
+    let places = [std::env::current_exe(), std::env::current_dir()];
+    let places = places.into_iter().flatten();
+    let here = |place: PathBuf| place.ancestors().map(|folder| folder.join(path)).find(|path| path.exists());
+    let found = places.filter_map(here).next()?;
+    // As short as can be where it is below the current folder.
+    let relative = std::env::current_dir().ok().and_then(|here| Some(found.strip_prefix(here).ok()?.to_path_buf()));
+    Some(relative.unwrap_or(found))
+}
+
+fn missing(path: &str, instead: &str) -> String {
+    format!(
+        "{path} is not there: it ships with the project, and was looked for in the folders of the program and of this shell, and \
+         above them; run in the project's folder, or name {instead}"
+    )
 }

@@ -6,19 +6,17 @@ mod measure;
 mod paper;
 mod plot;
 mod report;
-mod setting;
 mod table;
 mod text;
 
 use crate::interrupt;
-use crate::reader;
+use crate::reader::{self, Reading};
 use crate::reading::ReadingBar;
 use anyhow::{Context, bail};
 pub use flags::Args;
 use landmark_data::{TOKENIZER_FILE, Tokenizer};
 use landmark_models::gpt::Gpt;
 use report::Report;
-use setting::Reading;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -29,7 +27,7 @@ Examples:
   landmark eval --checkpoint exps/books/landmark/run --dataset books
   landmark eval --checkpoint exps/books/landmark/run --dataset books --use_cache --eval_seq_length 4096 \\
     --mid_length 250 --mem_cache_size 80 --cache_topk 4 --plot eval.svg
-  landmark eval --checkpoint exps/demo --file book.txt --use_cache
+  landmark eval --checkpoint models/landmark-14m --file assets/persuasion.txt.zst --use_cache
   landmark eval --grid table1 --landmark_checkpoint exps/books/landmark/run \\
     --dense_checkpoint exps/books/base_rotary/run --dataset books --dataset math
 

@@ -12,9 +12,9 @@ use std::process::ExitCode;
 
 const EXAMPLES: &str = "\
 Examples:
-  landmark generate --checkpoint exps/demo --file book.txt --show_blocks
-  landmark generate --checkpoint exps/demo --prompt 'Catherine was' --temperature 0
-  cat chapters/*.txt | landmark generate --checkpoint exps/demo --prompt 'The end of it was' --file -
+  landmark generate --checkpoint models/landmark-14m --file assets/persuasion.txt.zst --show_blocks
+  landmark generate --checkpoint models/landmark-14m --prompt 'Anne was' --temperature 0
+  cat chapters/*.txt | landmark generate --checkpoint models/landmark-14m --prompt 'The end of it was' --file -
 
 The generated text alone goes to standard output, as it is drawn; the context is not repeated.
 Without --file and --prompt the context is read from standard input, unless that is a terminal.
@@ -110,7 +110,7 @@ fn write_text(
     }
     writeln!(out, "{}", decoder.finish()?)?;
     if let (Some(count), Some(tokens)) = (args.show_blocks, &tokens) {
-        write!(out, "\n{}", most_read(reader, tokens, count)?)?;
+        write!(out, "\n{}", most_read(reader, tokens, count, &(0..0))?)?;
     }
     Ok(())
 }

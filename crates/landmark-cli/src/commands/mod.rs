@@ -26,12 +26,12 @@ pub enum Command {
     Plot(plot::Args),
     /// Measure speed and memory, next to PyTorch
     Bench(bench::Args),
-    /// Learn a novel, then read the rest of it far outside the window: what `landmark` alone does
-    Demo(demo::Args),
+    /// Read a whole novel with the model that ships with the project, and ask about it: what `landmark` alone does
+    Demo(Box<demo::Args>),
     /// Go on with a text of any length
     Generate(Box<generate::Args>),
     /// Test whether the model finds a number that was told once, somewhere in a long text
-    Passkey(passkey::Args),
+    Passkey(Box<passkey::Args>),
     /// Print completions for a shell
     Completions(completions::Args),
 }
@@ -45,9 +45,9 @@ impl Command {
             Self::Eval(args) => eval::run(*args),
             Self::Plot(args) => plot::run(args),
             Self::Bench(args) => bench::run(args),
-            Self::Demo(args) => demo::run(args),
+            Self::Demo(args) => demo::run(*args),
             Self::Generate(args) => generate::run(*args),
-            Self::Passkey(args) => passkey::run(args),
+            Self::Passkey(args) => passkey::run(*args),
             Self::Completions(args) => completions::run(args),
         }
     }

@@ -1,35 +1,36 @@
 //! `landmark passkey`: does the model find a number that was told once, somewhere in a long text?
 
+mod ask;
 mod prompt;
+mod results;
 
 use crate::interrupt;
-use crate::plot::{self, Axes, Curve};
-use crate::reader::{CacheFlags, ModelFlags, Reader, SelectionMethod};
-use crate::reading::{ReadingBar, grouped, rate};
-use crate::sampling::Sampler;
-use crate::text_pieces::TextPieces;
+use crate::kept::{self, Folder};
+use crate::machine::peak_memory;
+use crate::reader::{self, CacheFlags, LmCache, Memory, ModelFlags, Reading, SelectionMethod, Setting, fitting};
+use crate::reading::{ReadingBar, grouped};
 use anyhow::{Context, bail};
-use clap::ValueEnum;
-use prompt::{Filler, Prompt, number};
-use std::fmt::Write;
-use std::path::{Path, PathBuf};
+use landmark_data::Tokenizer;
+use landmark_models::gpt::{Gpt, Placement};
+use prompt::{Filler, MOST_KEYS, Prompts};
+pub use prompt::{number, question, told};
+use results::{Cell, Results, Trial};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
 const EXAMPLES: &str = "\
 Examples:
-  landmark passkey --checkpoint exps/demo --lengths 500,2000,8000 --trials 10
-  landmark passkey --checkpoint exps/demo --filler book.txt --cache_topk 4 --without_retrieval \\
-    --csv passkey.csv --plot passkey.svg
+  landmark passkey --checkpoint models/landmark-14m --filler assets/persuasion.txt.zst --lengths 2048,8192,32768 --trials 20
+  landmark passkey --checkpoint models/landmark-14m --filler data/books/test.tokens --keys 5 --all_selection_methods \\
+    --without_retrieval --batch_size 64 --max_cache_gb 40 --json passkey.json --plot passkey.svg
 
 A prompt is a task, filler, \"The pass key is N. Remember it. N is the pass key.\", filler, and the
-question. An answer is right if its first number is N; it is drawn greedily. Trial i hides the same
-key at the same depth in every length.
+question. With --keys each key has a name (\"the silver key\") and one of them is asked for. An answer
+is right if its first number is N; it is drawn greedily. Trial i hides the same keys at the same
+depths in every length.
 
-Exit codes: 0 done (right or wrong), 1 error, 2 wrong command line, 130 Ctrl-C.";
-
-/// Tokens of an answer: a number of five digits, with a space, in tokens as short as bytes.
-const ANSWER: usize = 8;
+Exit codes: 0 done (right or wrong), 1 error, 2 wrong command line, 130 Ctrl-C (what is finished is kept).";
 
 /// Flags of `landmark passkey`.
 #[derive(clap::Args)]
@@ -43,15 +44,34 @@ pub struct Args {
     /// Prompts of each length
     #[arg(long, value_name = "N", default_value_t = 10, help_heading = "Test")]
     trials: u64,
-    /// Hide the key in this text, each time from another place on (again from its start at its end), instead of the usual sentences
+    /// Keys that are told, each by a name of its own; one of them is asked for
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Test")]
+    keys: usize,
+    /// Hide the keys in this text (.txt, .gz, .zst, or prepared .tokens), each time from another place on (again from its start
+    /// at its end), instead of the usual sentences
     #[arg(long, value_name = "FILE", help_heading = "Test")]
     filler: Option<PathBuf>,
     /// Decides the keys, how deep they are hidden, and where in the filler a prompt begins
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Test")]
     seed: u64,
-    /// Read each prompt a second time without retrieval (--cache_topk 0), for comparison
+    /// Ask the same without retrieval, for comparison: of each prompt the last window alone is read, all of it visible
     #[arg(long, help_heading = "Test")]
     without_retrieval: bool,
+    /// Ask with each --cache_selection_method, for comparison
+    #[arg(long, conflicts_with = "cache_selection_method", help_heading = "Test")]
+    all_selection_methods: bool,
+    /// Prompts that are read side by side; changes speed and memory, not the results
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Test")]
+    batch_size: usize,
+    /// Fewer side by side where their blocks together would need more memory than this
+    #[arg(long, value_name = "GB", help_heading = "Test")]
+    max_cache_gb: Option<f64>,
+    /// Where every finished prompt is kept, from which the same command goes on after it was stopped. Left out: ./exps/passkey
+    #[arg(long, value_name = "DIR", help_heading = "Results")]
+    out: Option<PathBuf>,
+    /// Write all figures here: how each prompt was read and answered
+    #[arg(long, value_name = "FILE", help_heading = "Results")]
+    json: Option<PathBuf>,
     /// Write a line for each prompt here
     #[arg(long, value_name = "FILE", help_heading = "Results")]
     csv: Option<PathBuf>,
@@ -62,185 +82,198 @@ pub struct Args {
     cache: CacheFlags,
 }
 
-/// A way of reading, and the results of its trials.
-struct Way {
-    name: String,
-    reader: Reader,
-    trials: Vec<Trial>,
-}
-
-struct Trial {
+/// All that decides the answers of a cell, but for the number of its prompts.
+#[derive(Serialize, Deserialize, PartialEq)]
+struct Key {
+    version: u32,
+    setting: Setting,
     length: usize,
-    trial: u64,
-    /// How far into the prompt the key was told, of 1.
-    depth: f64,
-    key: u64,
-    answer: String,
-    time: Duration,
+    keys: usize,
+    seed: u64,
+    /// Whether on the CPU or a GPU.
+    device: String,
+    /// SHA-256 of the model's files and of the filler's tokens; the tokenizer's fingerprint.
+    model: String,
+    filler: String,
+    tokenizer: String,
 }
 
-impl Trial {
-    fn is_right(&self) -> bool {
-        number(&self.answer) == Some(self.key)
-    }
-}
+/// The meaning of kept answers: raised when the test changes.
+const VERSION: u32 = 1;
 
 /// Tests.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    check(&args)?;
+    let folder = reader::checkpoint(&args.model.checkpoint)?;
+    let model = reader::load(&folder, args.model.device)?;
+    let tokenizer = reader::tokenizer(&folder, args.model.tokenizer.as_deref())?;
+    reader::check_vocabulary(&model, &tokenizer)?;
+    let ways = ways(&args, &model)?;
+    let filler = match &args.filler {
+        None => Filler::garbage(&tokenizer)?,
+        Some(path) => Filler::open(path, &tokenizer).with_context(|| format!("--filler {}", path.display()))?,
+    };
+    let prompts = Prompts { tokenizer: &tokenizer, filler: &filler, keys: args.keys, seed: args.seed };
+    // What is too short or impossible is known before hours of reading.
+    let mut plan = Vec::with_capacity(args.lengths.len() * ways.len());
+    for &length in &args.lengths {
+        prompts.prompt(length, 0)?;
+        for flags in &ways {
+            plan.push((length, resolve(flags, length, &model, &tokenizer)?));
+        }
+    }
+    interrupt::watch()?;
+    let device = if model.device().is_cpu() { "cpu" } else { "cuda" };
+    let (model_hash, filler_hash) =
+        (kept::hash_of_model(&folder)?, kept::hash_of_tokens([Ok(filler.tokens().to_vec())])?);
+    let kept = Folder::new(args.out.as_deref().unwrap_or("exps/passkey".as_ref()));
+    let mut results = Results::new(&folder, device, args.filler.as_deref(), args.keys, args.seed);
+    print!("{}", Results::header());
+    let count = plan.len();
+    for (number, (length, reading)) in plan.into_iter().enumerate() {
+        let key = Key {
+            version: VERSION,
+            setting: reading.setting.clone(),
+            length,
+            keys: args.keys,
+            seed: args.seed,
+            device: device.into(),
+            model: model_hash.clone(),
+            filler: filler_hash.clone(),
+            tokenizer: tokenizer.fingerprint().to_string(),
+        };
+        let what = format!("[{}/{count}] {} tokens", number + 1, grouped(length));
+        let cell = compute(&key, reading, &args, &model, &prompts, &kept, &what)?;
+        print!("{}", cell.line(number.is_multiple_of(ways.len())));
+        results.cells.push(cell);
+        if interrupt::requested() {
+            break;
+        }
+    }
+    if let Some(bytes) = peak_memory() {
+        println!("at most {} MB of memory", grouped((bytes >> 20) as usize));
+    }
+    for (path, flag, text) in [(&args.json, "--json", results.json()? as String), (&args.csv, "--csv", results.csv())] {
+        if let Some(path) = path {
+            let cannot = || format!("{flag} {}: cannot write it", path.display());
+            crate::files::write(path, text.as_bytes()).with_context(cannot)?;
+        }
+    }
+    if let Some(path) = &args.plot {
+        results.draw(path).context("--plot")?;
+    }
+    if interrupt::requested() {
+        eprintln!("Stopped: the finished prompts are kept. The same command goes on.");
+        return Ok(ExitCode::from(interrupt::EXIT_CODE));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn check(args: &Args) -> anyhow::Result<()> {
     if args.trials == 0 {
         bail!("--trials 0: expected at least 1");
     }
-    let mut ways = ways(&args)?;
-    let tokenizer = ways[0].reader.tokenizer().clone();
-    let filler = match &args.filler {
-        None => Filler::garbage(&tokenizer)?,
-        Some(path) => {
-            Filler::text(&whole(path)?, &tokenizer).with_context(|| format!("--filler {}", path.display()))?
-        }
-    };
-    // What is too short is known before hours of reading.
-    for &length in &args.lengths {
-        Prompt::new(&tokenizer, &filler, length, args.seed, 0)?;
+    if args.batch_size == 0 {
+        bail!("--batch_size 0: expected at least 1");
     }
-    interrupt::watch()?;
-    let total = args.lengths.iter().sum::<usize>() * args.trials as usize * ways.len();
-    let mut progress = Progress { bar: ReadingBar::new("reading", Some(total as u64)), done: 0 };
-    'all: for &length in &args.lengths {
-        for trial in 0..args.trials {
-            let prompt = Prompt::new(&tokenizer, &filler, length, args.seed, trial)?;
-            for way in &mut ways {
-                match ask(&mut way.reader, &prompt, &mut progress)? {
-                    None => break 'all,
-                    Some((answer, time)) => {
-                        let depth = prompt.told_at as f64 / length as f64;
-                        way.trials.push(Trial { length, trial, depth, key: prompt.key, answer, time });
-                    }
-                }
-            }
+    if !(1..=MOST_KEYS).contains(&args.keys) {
+        bail!("--keys {}: expected 1 to {MOST_KEYS}", args.keys);
+    }
+    if args.max_cache_gb.is_some_and(|gb| gb.is_nan() || gb <= 0.) {
+        bail!("--max_cache_gb: expected a number above 0");
+    }
+    Ok(())
+}
+
+/// The ways of reading that are compared.
+fn ways(args: &Args, model: &Gpt) -> anyhow::Result<Vec<CacheFlags>> {
+    let kind = args.cache.kind(model.config())?;
+    for (flag, given) in
+        [("without_retrieval", args.without_retrieval), ("all_selection_methods", args.all_selection_methods)]
+    {
+        if given && kind != LmCache::Mem {
+            bail!("--{flag} is refused: this model is not read through the landmark cache in any case");
         }
     }
-    progress.bar.finish();
-    print!("{}", table(&ways, &args.lengths));
-    if let Some(path) = &args.csv {
-        crate::files::write(path, csv(&ways, args.cache.cache_selection_method).as_bytes())
-            .with_context(|| format!("--csv {}: cannot write it", path.display()))?;
+    let mut ways = vec![CacheFlags { lm_cache: Some(kind), ..args.cache.clone() }];
+    if args.all_selection_methods {
+        let methods = [SelectionMethod::PerTokenAndHead, SelectionMethod::MaxOverHeads, SelectionMethod::MaxOverTokens];
+        let with = |method| CacheFlags { cache_selection_method: Some(method), ..ways[0].clone() };
+        ways = methods.map(with).to_vec();
     }
-    if let Some(path) = &args.plot {
-        draw(path, &ways, &args.lengths).context("--plot")?;
+    if args.without_retrieval {
+        ways.push(CacheFlags { lm_cache: Some(LmCache::None), ..CacheFlags::default() });
     }
-    Ok(if interrupt::requested() { ExitCode::from(interrupt::EXIT_CODE) } else { ExitCode::SUCCESS })
+    Ok(ways)
 }
 
-/// With the flags' memory, and without retrieval if that is wanted.
-fn ways(args: &Args) -> anyhow::Result<Vec<Way>> {
-    let way = |name: &str, cache: &CacheFlags| -> anyhow::Result<Way> {
-        Ok(Way { name: name.into(), reader: Reader::open(&args.model, cache)?, trials: Vec::new() })
-    };
-    let first = way("right", &args.cache)?;
-    if !args.without_retrieval {
-        return Ok(vec![first]);
-    }
-    if !first.reader.has_blocks() {
-        bail!("--without_retrieval is refused: this model is not read through the landmark cache in any case");
-    }
-    // The same chunks, so that retrieval is all that differs.
-    let cache = CacheFlags { cache_topk: Some(0), mid_length: Some(first.reader.chunk()), ..args.cache.clone() };
-    Ok(vec![first, way("without retrieval", &cache)?])
-}
-
-/// The whole text of a file.
-fn whole(path: &Path) -> anyhow::Result<String> {
-    let mut pieces = TextPieces::open(path).context("--filler")?;
-    let mut text = String::new();
-    while let Some(piece) = pieces.next().context("--filler")? {
-        text.push_str(&piece);
-    }
-    Ok(text)
-}
-
-struct Progress {
-    bar: ReadingBar,
-    done: usize,
-}
-
-/// The answer to a prompt and how long it was read, or nothing if that was interrupted.
-fn ask(reader: &mut Reader, prompt: &Prompt, progress: &mut Progress) -> anyhow::Result<Option<(String, Duration)>> {
-    reader.clear();
-    let begun = Instant::now();
-    reader.read(&prompt.tokens, |done| {
-        progress.bar.set((progress.done + done) as u64, progress.done + done);
-        !interrupt::requested()
-    })?;
-    let time = begun.elapsed();
-    progress.done += prompt.tokens.len();
-    if interrupt::requested() {
-        return Ok(None);
-    }
-    let tokenizer = reader.tokenizer().clone();
-    let mut answer = Vec::new();
-    reader.generate(ANSWER, &mut Sampler::greedy(), |token| {
-        answer.push(token);
-        Ok(true)
-    })?;
-    Ok(Some((tokenizer.decode(&answer)?, time)))
-}
-
-/// A line for each length.
-fn table(ways: &[Way], lengths: &[usize]) -> String {
-    let mut text = format!("{:>12}", "tokens");
-    for way in ways {
-        write!(text, "  {:>20}  {:>10}", way.name, "tok/s").unwrap();
-    }
-    text.push('\n');
-    for &length in lengths {
-        let mut line = format!("{:>12}", grouped(length));
-        for way in ways {
-            let trials: Vec<&Trial> = way.trials.iter().filter(|trial| trial.length == length).collect();
-            let right = trials.iter().filter(|trial| trial.is_right()).count();
-            let share = match trials.len() {
-                0 => "-".into(),
-                n => format!("{right}/{n} = {:.0} %", 100. * right as f64 / n as f64),
-            };
-            let speed = grouped(rate(trials.len() * length, trials.iter().map(|trial| trial.time).sum()));
-            write!(line, "  {share:>20}  {speed:>10}").unwrap();
+/// A way of reading prompts of `length` tokens. What the window alone is read of, its end, is all that an answer depends on.
+fn resolve(flags: &CacheFlags, length: usize, model: &Gpt, tokenizer: &Tokenizer) -> anyhow::Result<Reading> {
+    let config = model.config();
+    let mut seen = length;
+    if flags.lm_cache == Some(LmCache::None) {
+        seen = length.min(fitting(config.sequence_length, config));
+        // From the beginning of a block, as training has it.
+        if let (Some(mem_freq), Placement::Regular) = (config.mem_freq, config.landmarks) {
+            seen -= ((mem_freq - (length - seen) % mem_freq) % mem_freq).min(seen - 1);
         }
-        writeln!(text, "{line}").unwrap();
     }
-    text
+    Reading::resolve(flags, false, Some(seen), None, model, Some(tokenizer))
 }
 
-/// A line for each prompt. An answer is quoted as RFC 4180 has it.
-fn csv(ways: &[Way], selection: Option<SelectionMethod>) -> String {
-    let mut text = String::from("length,trial,top_k,selection,depth,key,answer,right,seconds\n");
-    let selection = selection.unwrap_or(SelectionMethod::PerTokenAndHead).to_possible_value();
-    let selection = selection.map(|value| value.get_name().to_string()).unwrap_or_default();
-    for way in ways {
-        let (top_k, selection) = match way.reader.top_k() {
-            Some(k) => (k.to_string(), selection.as_str()),
-            None => Default::default(),
+/// The answers of a cell: those that are kept, and the others, which are kept from now on.
+fn compute(
+    key: &Key,
+    reading: Reading,
+    args: &Args,
+    model: &Gpt,
+    prompts: &Prompts,
+    kept: &Folder,
+    what: &str,
+) -> anyhow::Result<Cell> {
+    let (length, seen) = (key.length, reading.setting.eval_seq_length);
+    let mut trials: Vec<Trial> = kept.get(key)?.unwrap_or_default();
+    let missing: Vec<u64> = (0..args.trials).filter(|trial| trials.iter().all(|known| known.trial != *trial)).collect();
+    let mut bar = ReadingBar::new(what, Some((missing.len() * seen) as u64));
+    let mut memory: Option<(Memory, usize)> = None;
+    let mut read = 0;
+    for batch in missing.chunks(side_by_side(args, &reading.setting, model)) {
+        let asked = batch.iter().map(|&trial| prompts.prompt(length, trial)).collect::<anyhow::Result<Vec<_>>>()?;
+        let texts: Vec<&[u32]> = asked.iter().map(|prompt| &prompt.tokens[length - seen..]).collect();
+        let mut here = match memory.take() {
+            Some((memory, rows)) if rows == texts.len() => memory,
+            _ => Memory::new(&reading.flags, model, Some(prompts.tokenizer), texts.len())?.0,
         };
-        for trial in &way.trials {
-            let Trial { length, trial: number, depth, key, answer, time } = trial;
-            let (answer, right, seconds) = (answer.replace('"', "\"\""), trial.is_right(), time.as_secs_f64());
-            writeln!(text, "{length},{number},{top_k},{selection},{depth:.4},{key},\"{answer}\",{right},{seconds:.3}")
-                .unwrap();
+        here.clear();
+        here.reserve(seen + ask::ANSWER)?;
+        let answers =
+            ask::answers(model, prompts.tokenizer, &mut here, reading.setting.mid_length, &texts, |tokens| {
+                bar.set((read + tokens) as u64, read + tokens);
+                !interrupt::requested()
+            })?;
+        let Some((answers, time)) = answers else { break };
+        read += seen * texts.len();
+        let seconds = time.as_secs_f64() / texts.len() as f64;
+        for ((&trial, prompt), answer) in batch.iter().zip(&asked).zip(answers) {
+            let depth = prompt.told_at as f64 / length as f64;
+            trials.push(Trial { trial, depth, key: prompt.key, answer, seconds });
         }
+        kept.put(key, &trials)?;
+        memory = Some((here, texts.len()));
     }
-    text
+    bar.finish();
+    // More may be kept than are asked for.
+    trials.retain(|trial| trial.trial < args.trials);
+    trials.sort_by_key(|trial| trial.trial);
+    Ok(Cell { length, setting: reading.setting, trials })
 }
 
-fn draw(path: &Path, ways: &[Way], lengths: &[usize]) -> anyhow::Result<()> {
-    let share = |way: &Way, length: usize| {
-        let trials = || way.trials.iter().filter(|trial| trial.length == length);
-        trials().filter(|trial| trial.is_right()).count() as f64 / trials().count() as f64
-    };
-    let mut lengths = lengths.to_vec();
-    lengths.sort_unstable();
-    let curve = |(way, name): (&Way, &str)| Curve {
-        name: name.into(),
-        points: lengths.iter().map(|&length| (length as f64, share(way, length))).collect(),
-    };
-    let curves: Vec<Curve> = ways.iter().zip(["landmark cache", "without retrieval"]).map(curve).collect();
-    let axes = Axes { title: "Pass keys found", x: ("tokens", true), y: "share", y_range: Some(-0.02..1.02) };
-    plot::write(path, &axes, &curves)
+/// How many prompts may be read at once.
+fn side_by_side(args: &Args, setting: &Setting, model: &Gpt) -> usize {
+    let (Some(gb), Some(mem_freq)) = (args.max_cache_gb, setting.mem_cache_freq) else { return args.batch_size };
+    let (config, length) = (model.config(), setting.eval_seq_length + ask::ANSWER);
+    let blocks = setting.mem_cache_size.unwrap_or(usize::MAX).min(length / mem_freq + 1);
+    // Keys and values of a block's tokens, and its landmark's key once more.
+    let bytes = blocks * (2 * (mem_freq + 1) + 1) * config.n_embd * config.n_layer * model.dtype().size_in_bytes();
+    ((gb * 1e9 / bytes as f64) as usize).clamp(1, args.batch_size)
 }

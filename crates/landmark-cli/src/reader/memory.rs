@@ -1,6 +1,7 @@
 //! What a reader remembers of the text before the chunk that it reads.
 
 use super::flags::{CacheFlags, LmCache};
+use crate::machine;
 use anyhow::Context;
 use candle_core::{Device, Tensor};
 use landmark_data::{Placer, TOKENIZER_FILE, Tokenizer};
@@ -11,6 +12,7 @@ use landmark_models::gpt::{Gpt, GptConfig, Placement, Variant, WindowAttention};
 pub struct Memory {
     /// One for all texts whose landmarks are at the same places: regular ones. At borders each text has a part of its own.
     parts: Vec<Part>,
+    on_cpu: bool,
 }
 
 /// The memory of texts with the same places.
@@ -52,7 +54,13 @@ impl Memory {
             let kind = match kind {
                 LmCache::Mem => {
                     let cache = landmarks(flags, model, mem_freq.unwrap_or(1), texts)?;
-                    chunk = flags.chunk(cache.max_chunk(), cache.max_chunk())?;
+                    // Whole blocks: then no position is beyond those that the model was trained on.
+                    let blocks = cache.max_chunk() / (cache.mem_freq() + 1);
+                    let usual = match config.landmarks {
+                        Placement::Regular if blocks > 0 => blocks * cache.mem_freq(),
+                        _ => cache.max_chunk(),
+                    };
+                    chunk = flags.chunk(usual, cache.max_chunk())?;
                     Kind::Landmarks(cache)
                 }
                 LmCache::Kv => {
@@ -75,7 +83,7 @@ impl Memory {
             Ok(Part { texts, kind, placer: placer.clone() })
         };
         let parts = (0..parts).map(|_| part()).collect::<anyhow::Result<_>>()?;
-        Ok((Self { parts }, chunk))
+        Ok((Self { parts, on_cpu: model.device().is_cpu() }, chunk))
     }
 
     /// The landmark caches, if there are any: one, or one for each text.
@@ -92,6 +100,26 @@ impl Memory {
             Kind::Landmarks(cache) => Some(cache),
             _ => None,
         })
+    }
+
+    /// Sets memory aside for texts of so many tokens each, as far as blocks of full length hold them.
+    pub fn reserve(&mut self, tokens: usize) -> anyhow::Result<()> {
+        let bytes = |memory: &Self| memory.caches().map(LandmarkCache::bytes).sum::<usize>();
+        let before = bytes(self);
+        for cache in self.caches_mut() {
+            cache.reserve(tokens / cache.mem_freq() + 1)?;
+        }
+        // The system hands out memory that it does not have, and ends the process when it is used.
+        let (more, free) = (bytes(self) - before, machine::available_memory());
+        if let Some(free) = free.filter(|&free| self.on_cpu && more as u64 > free) {
+            anyhow::bail!(
+                "the blocks of {tokens} tokens take {:.1} GB of memory, and {:.1} GB are free: read less at once, or keep fewer \
+                 blocks with --mem_cache_size",
+                more as f64 / 1e9,
+                free as f64 / 1e9
+            );
+        }
+        Ok(())
     }
 
     /// Forgets the texts.
@@ -123,7 +151,7 @@ impl Part {
         let landmark = model.config().landmark_id;
         match &mut self.kind {
             Kind::Landmarks(cache) => {
-                let ids = Tensor::from_vec(texts.concat(), (texts.len(), texts[0].len()), &Device::Cpu)?;
+                let ids = Tensor::from_vec(texts.concat(), (texts.len(), texts[0].len()), model.device())?;
                 // If the cache fails, the text goes on as if the chunk had not been.
                 let mut placer = self.placer.clone();
                 let follows = follows(&mut placer, texts[0]);
@@ -133,7 +161,8 @@ impl Part {
                 Ok(hidden)
             }
             Kind::Keys(cache) => {
-                let (ids, places) = with_landmarks(texts, &follows(&mut self.placer, texts[0]), landmark)?;
+                let follows = follows(&mut self.placer, texts[0]);
+                let (ids, places) = with_landmarks(texts, &follows, landmark, model.device())?;
                 Ok(model.hidden(&ids, cache, None)?.index_select(&places, 1)?)
             }
             Kind::Window(recent) => {
@@ -157,7 +186,7 @@ impl Part {
                 }
                 follows.drain(..surplus);
                 let rows: Vec<&[u32]> = recent.iter().map(Vec::as_slice).collect();
-                let (ids, places) = with_landmarks(&rows, &follows, landmark)?;
+                let (ids, places) = with_landmarks(&rows, &follows, landmark, model.device())?;
                 let mut attention = WindowAttention::new(model.config(), &ids, None)?;
                 let hidden = model.hidden(&ids, &mut attention, None)?;
                 Ok(hidden.index_select(&places.narrow(0, recent[0].len() - next, next)?, 1)?)
@@ -216,7 +245,7 @@ fn landmarks(flags: &CacheFlags, model: &Gpt, mem_freq: usize, texts: usize) -> 
         window: config.sequence_length,
         context_miss: (config.model == Variant::LandmarkWithCmt).then_some(ContextMiss { cutoff }),
     };
-    Ok(LandmarkCache::new(cache, config.rope(), model.dtype(), &Device::Cpu)?)
+    Ok(LandmarkCache::new(cache, config.rope(), model.dtype(), model.device())?)
 }
 
 /// The most ordinary tokens of `positions`, wherever in their block they begin. Borders may be anywhere: a text of nothing but ends of
@@ -232,7 +261,12 @@ pub fn fitting(positions: usize, config: &GptConfig) -> usize {
 
 /// Tokens of texts with their landmarks, `[texts, time]`, and the places of the tokens. (A base model may be trained on data with
 /// landmarks too; they are tokens like any other to it.)
-fn with_landmarks(texts: &[&[u32]], follows: &[bool], landmark: u32) -> candle_core::Result<(Tensor, Tensor)> {
+fn with_landmarks(
+    texts: &[&[u32]],
+    follows: &[bool],
+    landmark: u32,
+    device: &Device,
+) -> candle_core::Result<(Tensor, Tensor)> {
     let (mut ids, mut places) = (Vec::new(), Vec::new());
     for text in texts {
         places.clear();
@@ -246,7 +280,7 @@ fn with_landmarks(texts: &[&[u32]], follows: &[bool], landmark: u32) -> candle_c
         }
     }
     let time = ids.len() / texts.len();
-    Ok((Tensor::from_vec(ids, (texts.len(), time), &Device::Cpu)?, Tensor::new(places, &Device::Cpu)?))
+    Ok((Tensor::from_vec(ids, (texts.len(), time), device)?, Tensor::new(places, device)?))
 }
 
 #[cfg(test)]
@@ -307,7 +341,7 @@ mod tests {
                 let length = seventh.map_or(26, |(place, _)| place);
                 tokens.truncate(length);
                 follows.truncate(length);
-                let (ids, places) = with_landmarks(&[&tokens], &follows, 257).unwrap();
+                let (ids, places) = with_landmarks(&[&tokens], &follows, 257, &Device::Cpu).unwrap();
                 let mut attention = WindowAttention::new(model.config(), &ids, None).unwrap();
                 let whole = model.hidden(&ids, &mut attention, None).unwrap().index_select(&places, 1).unwrap();
                 for kind in kinds {
@@ -338,7 +372,7 @@ mod tests {
             let positions = |from: usize| 200 - from + follows[from..].iter().filter(|&&follows| follows).count();
             let first = (0..200).find(|&first| positions(first) <= 48).unwrap();
             assert!(first == from || landmarks == Placement::Sentence, "{first}");
-            let (ids, places) = with_landmarks(&[&tokens[first..]], &follows[first..], 257).unwrap();
+            let (ids, places) = with_landmarks(&[&tokens[first..]], &follows[first..], 257, &Device::Cpu).unwrap();
             let mut attention = WindowAttention::new(model.config(), &ids, None).unwrap();
             let expected = model.hidden(&ids, &mut attention, None).unwrap().index_select(&places, 1).unwrap();
             let last = |x: &Tensor| x.narrow(1, x.dims()[1] - 1, 1).unwrap().flatten_all().unwrap();

@@ -2,17 +2,19 @@
 
 mod flags;
 mod memory;
+mod setting;
 
 use crate::device::DeviceChoice;
 use crate::sampling::Sampler;
 use anyhow::{Context, bail};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 pub use flags::{CacheFlags, LmCache, ModelFlags, SelectionMethod};
 use landmark_data::{TOKENIZER_FILE, Tokenizer};
 use landmark_memory::{BlockRead, LandmarkCache};
 use landmark_models::IGNORE;
 use landmark_models::gpt::Gpt;
 pub use memory::{Memory, fitting};
+pub use setting::{Reading, Setting};
 use std::path::{Path, PathBuf};
 
 /// A model, its tokenizer, and what it remembers of the text that it has read.
@@ -35,13 +37,7 @@ impl Reader {
 
     /// Reads with a model at hand.
     pub fn new(model: Gpt, tokenizer: Tokenizer, cache: &CacheFlags) -> anyhow::Result<Self> {
-        if tokenizer.vocab_size() > model.config().vocab_size {
-            bail!(
-                "the tokenizer has {} tokens and the model {}: it is another model's",
-                tokenizer.vocab_size(),
-                model.config().vocab_size
-            );
-        }
+        check_vocabulary(&model, &tokenizer)?;
         let (memory, chunk) = Memory::new(cache, &model, Some(&tokenizer), 1)?;
         Ok(Self { model, tokenizer, memory, chunk, last: None, last_token: None })
     }
@@ -76,10 +72,9 @@ impl Reader {
         self.memory.caches().map(LandmarkCache::bytes).sum()
     }
 
-    /// Forgets the text.
-    pub fn clear(&mut self) {
-        self.memory.clear();
-        (self.last, self.last_token) = (None, None);
+    /// Sets memory aside for a text of so many tokens.
+    pub fn reserve(&mut self, tokens: usize) -> anyhow::Result<()> {
+        self.memory.reserve(tokens)
     }
 
     /// Reads the text's next tokens, chunk by chunk; `progress` is told how many are read and says whether to go on.
@@ -122,7 +117,7 @@ impl Reader {
             };
             let targets: Vec<u32> = targets.iter().map(scored).collect();
             if !targets.is_empty() {
-                let targets = Tensor::new(targets, &Device::Cpu)?.unsqueeze(0)?;
+                let targets = Tensor::new(targets, self.model.device())?.unsqueeze(0)?;
                 let scores = self.model.token_scores(&states.contiguous()?, &targets)?;
                 losses.extend(scores.into_iter().flatten().map(|score| score.loss));
             }
@@ -141,13 +136,11 @@ impl Reader {
         sampler: &mut Sampler,
         mut show: impl FnMut(u32) -> anyhow::Result<bool>,
     ) -> anyhow::Result<usize> {
-        let known = self.tokenizer.vocab_size();
-        let landmarks = [self.tokenizer.landmark_id(), Some(self.model.config().landmark_id)];
+        let allowed = drawable(&self.model, &self.tokenizer);
         for count in 0..max_tokens {
             let Some(last) = &self.last else { bail!("there is no text to go on with") };
             let logits = self.model.logits(last)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-            let allowed = |id: u32| (id as usize) < known && !landmarks.contains(&Some(id));
-            let token = sampler.sample(&logits, allowed)?;
+            let token = sampler.sample(&logits, &allowed)?;
             if Some(token) == self.tokenizer.end_of_text() {
                 return Ok(count);
             }
@@ -178,6 +171,22 @@ impl Reader {
         self.last_token = chunk.last().copied();
         Ok(hidden)
     }
+}
+
+/// Refuses a tokenizer that cannot be the model's.
+pub fn check_vocabulary(model: &Gpt, tokenizer: &Tokenizer) -> anyhow::Result<()> {
+    let (own, models) = (tokenizer.vocab_size(), model.config().vocab_size);
+    if own > models {
+        bail!("the tokenizer has {own} tokens and the model {models}: it is another model's");
+    }
+    Ok(())
+}
+
+/// Whether a token may be drawn: landmarks and ids that the tokenizer does not know never are.
+pub fn drawable(model: &Gpt, tokenizer: &Tokenizer) -> impl Fn(u32) -> bool + use<> {
+    let known = tokenizer.vocab_size();
+    let landmarks = [tokenizer.landmark_id(), Some(model.config().landmark_id)];
+    move |id| (id as usize) < known && !landmarks.contains(&Some(id))
 }
 
 /// The model in a folder, for reading.

@@ -57,6 +57,17 @@ pub(super) enum Compression {
     Zstd,
 }
 
+impl Compression {
+    /// What the ending of a file's name says.
+    pub(super) fn of(path: &Path) -> Self {
+        match path.extension().map(|ending| ending.to_ascii_lowercase()) {
+            Some(ending) if ending == "gz" => Self::Gzip,
+            Some(ending) if ending == "zst" => Self::Zstd,
+            _ => Self::None,
+        }
+    }
+}
+
 /// A file to read, or a part of one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Input {
@@ -131,11 +142,8 @@ struct Kind {
 impl Kind {
     fn of(path: &Path) -> Option<Self> {
         let name = path.file_name()?.to_string_lossy().to_ascii_lowercase();
-        let (name, compression) = match name.rsplit_once('.')? {
-            (name, "gz") => (name, Compression::Gzip),
-            (name, "zst") => (name, Compression::Zstd),
-            _ => (name.as_str(), Compression::None),
-        };
+        let compression = Compression::of(path);
+        let name = if compression == Compression::None { &name } else { name.rsplit_once('.')?.0 };
         let format = match name.rsplit_once('.')?.1 {
             "txt" => Format::Text,
             "jsonl" | "json" => Format::Lines,

@@ -51,6 +51,7 @@ pub use layout::Dataset;
 use layout::{Input, Set};
 pub use progress::{Event, Progress, Skipped};
 use reader::Rules;
+pub use source::open;
 pub use work::WORK_FOLDER;
 use work::Work;
 

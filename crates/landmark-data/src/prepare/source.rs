@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -42,6 +42,19 @@ impl Read for Counted {
     }
 }
 
+/// The bytes of a file, decompressed where its name ends in `.gz` or `.zst`.
+pub fn open(path: &Path) -> io::Result<Box<dyn Read + Send>> {
+    decompressed(File::open(path)?, Compression::of(path))
+}
+
+fn decompressed(raw: impl Read + Send + 'static, compression: Compression) -> io::Result<Box<dyn Read + Send>> {
+    Ok(match compression {
+        Compression::None => Box::new(raw),
+        Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(BufReader::with_capacity(BUFFER, raw))),
+        Compression::Zstd => Box::new(zstd::Decoder::new(raw)?),
+    })
+}
+
 impl Source {
     /// Opens `input` at `offset` of its decompressed bytes, or at the start of its range if that is later.
     pub(super) fn open(input: &Input, offset: u64) -> Result<Self> {
@@ -52,11 +65,7 @@ impl Source {
         let start = if plain { offset.max(input.range.start) } else { input.range.start };
         file.seek(SeekFrom::Start(start)).map_err(Error::io(&path))?;
         let raw = Counted { inner: file.take(input.range.end.saturating_sub(start)), count: disk.clone() };
-        let reader: Box<dyn Read + Send> = match input.compression {
-            Compression::None => Box::new(raw),
-            Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(BufReader::with_capacity(BUFFER, raw))),
-            Compression::Zstd => Box::new(zstd::Decoder::new(raw).map_err(Error::io(&path))?),
-        };
+        let reader = decompressed(raw, input.compression).map_err(Error::io(&path))?;
         let mut source = Self {
             path,
             reader: BufReader::with_capacity(BUFFER, reader),

@@ -149,6 +149,11 @@ impl Gpt {
         self.wte.dtype()
     }
 
+    /// Where the parameters are.
+    pub fn device(&self) -> &Device {
+        self.wte.device()
+    }
+
     /// The hidden states `[B, T, C]`, after the last normalisation, of `ids` `[B, T]` (u32, best on the CPU, where they are checked). `dropout` is the seed of a training step's
     /// dropout; without one nothing is dropped.
     ///

@@ -4,16 +4,15 @@ use super::flags::Args;
 pub use super::paper::GridName;
 use super::paper::{Method, Row};
 use super::report::{self, Report};
-use super::setting::{Reading, Setting};
 use super::text::Text;
 use super::{Model, evaluate, plot, table};
 use crate::interrupt;
+use crate::kept::{self, Folder};
+use crate::reader::{Reading, Setting};
 use crate::reading::grouped;
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 /// What is known of a row on a data set.
@@ -53,13 +52,6 @@ struct Key {
     tokens: String,
 }
 
-/// A file in `cells/`.
-#[derive(Serialize, Deserialize)]
-struct Kept {
-    key: Key,
-    report: Report,
-}
-
 /// The meaning of a cell's figures: raised when the evaluation changes.
 const VERSION: u32 = 1;
 
@@ -91,7 +83,7 @@ pub fn run(name: GridName, args: &Args) -> anyhow::Result<ExitCode> {
     let texts = args.text.dataset.iter().map(|dataset| Text::prepared(&args.text, dataset));
     let texts = texts.collect::<anyhow::Result<Vec<_>>>()?;
     let out = args.grid.out.clone().unwrap_or_else(|| "exps/eval".into());
-    let cells = out.join("cells");
+    let cells = Folder::new(&out);
     let mut table = Table {
         name,
         datasets: args.text.dataset.clone(),
@@ -104,8 +96,7 @@ pub fn run(name: GridName, args: &Args) -> anyhow::Result<ExitCode> {
     // One model in memory at a time.
     for (method, flag, given) in models {
         let model = given.as_deref().map(|named| Model::open(named, args)).transpose().context(flag)?;
-        let hash = model.as_ref().map(|model| hash_of(&model.folder)).transpose()?;
-        fs::create_dir_all(&cells).with_context(|| format!("--out {}: cannot make it", out.display()))?;
+        let hash = model.as_ref().map(|model| kept::hash_of_model(&model.folder)).transpose()?;
         if let (Method::Landmark, Some(model)) = (method, &model) {
             let config = model.gpt.config();
             table.landmark = Some((config.n_head, config.mem_freq.unwrap_or(0)));
@@ -164,7 +155,7 @@ fn compute(
     hash: &str,
     text: &Text,
     args: &Args,
-    cells: &Path,
+    cells: &Folder,
     what: &str,
 ) -> anyhow::Result<Cell> {
     // What a model or a text cannot do is a finding; what goes wrong later is an error.
@@ -190,47 +181,11 @@ fn compute(
     let tokens = sequences.fingerprint()?;
     let setting = reading.setting.clone();
     let key = Key { version: VERSION, setting, bins: args.results.bins, model: hash.into(), tokens };
-    let path = cells.join(file_name(&key)?);
-    if let Some(report) = kept(&path, &key, text) {
-        return Ok(Cell::Done(Box::new(report)));
+    // The tokens may have had another name then.
+    if let Some(report) = cells.get::<_, Report>(&key)? {
+        return Ok(Cell::Done(Box::new(Report { dataset: text.name.clone(), ..report })));
     }
     let Some(report) = evaluate(model, text, &reading, &sequences, args, what)? else { return Ok(Cell::Pending) };
-    let kept = Kept { key, report };
-    report::write(&path, "--out", &(serde_json::to_string_pretty(&kept)? + "\n"))?;
-    Ok(Cell::Done(Box::new(kept.report)))
-}
-
-/// A cell that an earlier run has finished.
-fn kept(path: &Path, key: &Key, text: &Text) -> Option<Report> {
-    let bytes = fs::read(path).ok()?;
-    match serde_json::from_slice::<Kept>(&bytes) {
-        // The tokens may have had another name then.
-        Ok(kept) if kept.key == *key => Some(Report { dataset: text.name.clone(), ..kept.report }),
-        Ok(_) => None,
-        Err(error) => {
-            eprintln!("{}: {error}; evaluated again", path.display());
-            None
-        }
-    }
-}
-
-fn file_name(key: &Key) -> anyhow::Result<PathBuf> {
-    let hash = hex(&Sha256::digest(serde_json::to_vec(key)?));
-    Ok(format!("{}.json", &hash[..16]).into())
-}
-
-/// SHA-256 of a model's files.
-fn hash_of(folder: &Path) -> anyhow::Result<String> {
-    let mut hasher = Sha256::new();
-    for name in ["config.json", "model.safetensors"] {
-        let path = folder.join(name);
-        let mut read = || std::io::copy(&mut File::open(&path)?, &mut hasher);
-        read().with_context(|| format!("cannot read {}", path.display()))?;
-    }
-    Ok(hex(&hasher.finalize()))
-}
-
-/// In hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    cells.put(&key, &report)?;
+    Ok(Cell::Done(Box::new(report)))
 }

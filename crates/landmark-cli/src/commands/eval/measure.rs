@@ -1,9 +1,8 @@
 //! The evaluation itself: every sequence read chunk by chunk, every target scored.
 
-use super::setting::{Reading, Setting};
 use super::text::Sequences;
-use crate::reader::Memory;
-use candle_core::{Device, Tensor};
+use crate::reader::{Memory, Reading, Setting};
+use candle_core::Tensor;
 use landmark_memory::LandmarkCache;
 use landmark_models::IGNORE;
 use landmark_models::gpt::{Gpt, Variant};
@@ -131,7 +130,7 @@ pub fn evaluate(
                 false => row[i + 1],
             };
             let targets: Vec<u32> = rows.iter().flat_map(|row| (from..to).map(|i| target(row, i))).collect();
-            let targets = Tensor::from_vec(targets, (rows.len(), to - from), &Device::Cpu)?;
+            let targets = Tensor::from_vec(targets, (rows.len(), to - from), model.device())?;
             // Scores of a few positions at a time: the logits are never all in memory.
             let scores = model.token_scores(&hidden, &targets)?;
             for (i, score) in scores.into_iter().enumerate() {

@@ -1,13 +1,13 @@
 //! The text of an evaluation: which tokens, and which sequences of them.
 
 use super::flags::{Split, TextFlags};
+use crate::kept;
 use crate::text_pieces::TextPieces;
 use anyhow::{Context, bail};
 use landmark_data::{DataFolder, Tokenizer, Tokens};
 use landmark_models::gpt::Gpt;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
-use sha2::{Digest, Sha256};
 use std::path::{Component, Path};
 
 /// The end of a document in GPT-2's vocabulary, of which the reference's raw files are.
@@ -174,11 +174,7 @@ impl Sequences<'_> {
 
     /// SHA-256 of all the tokens, their sequences told apart by the length alone.
     pub fn fingerprint(&self) -> anyhow::Result<String> {
-        let mut hasher = Sha256::new();
-        for index in 0..self.len() {
-            self.read(index)?.iter().for_each(|id| hasher.update(id.to_le_bytes()));
-        }
-        Ok(super::grid::hex(&hasher.finalize()))
+        kept::hash_of_tokens((0..self.len()).map(|index| self.read(index)))
     }
 }
 

@@ -1,6 +1,6 @@
-//! How a model reads the sequences of an evaluation: the flags, resolved for that model.
+//! How a model reads texts of a measurement: the flags, resolved for that model.
 
-use crate::reader::{CacheFlags, LmCache, Memory, SelectionMethod, fitting};
+use super::{CacheFlags, LmCache, Memory, SelectionMethod, fitting};
 use anyhow::bail;
 use landmark_data::Tokenizer;
 use landmark_models::gpt::{Gpt, SoftmaxFunc, Variant};
