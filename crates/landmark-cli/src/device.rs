@@ -54,14 +54,6 @@ impl DeviceChoice {
         .map_err(|error| error.context(format!("--device {self}")))
     }
 
-    /// The processor, for what computes there alone: `auto` is the processor, and a GPU is refused.
-    pub fn open_cpu(self, what: &str) -> anyhow::Result<Device> {
-        match self {
-            Self::Auto | Self::Cpu => Ok(Device::Cpu),
-            Self::Cuda(_) => anyhow::bail!("--device {self}: {what} computes on the CPU only; use --device cpu"),
-        }
-    }
-
     /// What `auto` turned out to be, and why, for people.
     pub fn note(self, device: &Device) -> Option<String> {
         if self != Self::Auto {
@@ -194,8 +186,5 @@ mod tests {
     fn a_gpu_that_is_not_there_is_an_error() {
         let error = format!("{:#}", DeviceChoice::Cuda(1000).open().unwrap_err());
         assert!(error.starts_with("--device cuda:1000: ") && !error.contains('\n'), "{error}");
-        let error = format!("{:#}", DeviceChoice::Cuda(0).open_cpu("landmark demo").unwrap_err());
-        assert!(error.contains("landmark demo computes on the CPU only"), "{error}");
-        assert!(DeviceChoice::Auto.open_cpu("landmark demo").unwrap().is_cpu());
     }
 }

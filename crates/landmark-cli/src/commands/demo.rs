@@ -7,7 +7,7 @@ mod next;
 use crate::commands::passkey::{number, question, told};
 use crate::interrupt;
 use crate::machine::peak_memory;
-use crate::reader::{self, CacheFlags, LmCache, Reader, fitting};
+use crate::reader::{self, CacheFlags, DeviceFlags, LmCache, Reader, fitting};
 use crate::reading::{ReadingBar, grouped, most_read, rate};
 use crate::sampling::Sampler;
 use crate::text_pieces::TextPieces;
@@ -41,9 +41,8 @@ pub struct Args {
     /// Another model than the one that ships with the project: a checkpoint's folder, or an experiment's
     #[arg(long, alias = "model", value_name = "DIR", help_heading = "Model")]
     checkpoint: Option<PathBuf>,
-    /// Where to compute: auto, cpu or cuda:N
-    #[arg(long, default_value_t = crate::args::DeviceChoice::Auto, help_heading = "Model")]
-    device: crate::args::DeviceChoice,
+    #[command(flatten)]
+    device: DeviceFlags,
     /// Read this text (.txt, .gz, .zst) instead of the book that ships with the project
     #[arg(long, value_name = "FILE", help_heading = "Text")]
     file: Option<PathBuf>,

@@ -90,8 +90,9 @@ struct Key {
     length: usize,
     keys: usize,
     seed: u64,
-    /// Whether on the CPU or a GPU.
+    /// Whether on the CPU or a GPU, and what activations are there.
     device: String,
+    dtype: String,
     /// SHA-256 of the model's files and of the filler's tokens; the tokenizer's fingerprint.
     model: String,
     filler: String,
@@ -124,10 +125,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     interrupt::watch()?;
     let device = if model.device().is_cpu() { "cpu" } else { "cuda" };
+    let dtype = model.activations().as_str();
     let (model_hash, filler_hash) =
         (kept::hash_of_model(&folder)?, kept::hash_of_tokens([Ok(filler.tokens().to_vec())])?);
     let kept = Folder::new(args.out.as_deref().unwrap_or("exps/passkey".as_ref()));
-    let mut results = Results::new(&folder, device, args.filler.as_deref(), args.keys, args.seed);
+    let mut results = Results::new(&folder, device, dtype, args.filler.as_deref(), args.keys, args.seed);
     print!("{}", Results::header());
     let count = plan.len();
     for (number, (length, reading)) in plan.into_iter().enumerate() {
@@ -138,6 +140,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
             keys: args.keys,
             seed: args.seed,
             device: device.into(),
+            dtype: dtype.into(),
             model: model_hash.clone(),
             filler: filler_hash.clone(),
             tokenizer: tokenizer.fingerprint().to_string(),
@@ -274,6 +277,7 @@ fn side_by_side(args: &Args, setting: &Setting, model: &Gpt) -> usize {
     let (config, length) = (model.config(), setting.eval_seq_length + ask::ANSWER);
     let blocks = setting.mem_cache_size.unwrap_or(usize::MAX).min(length / mem_freq + 1);
     // Keys and values of a block's tokens, and its landmark's key once more.
-    let bytes = blocks * (2 * (mem_freq + 1) + 1) * config.n_embd * config.n_layer * model.dtype().size_in_bytes();
+    let bytes =
+        blocks * (2 * (mem_freq + 1) + 1) * config.n_embd * config.n_layer * model.activations().size_in_bytes();
     ((gb * 1e9 / bytes as f64) as usize).clamp(1, args.batch_size)
 }

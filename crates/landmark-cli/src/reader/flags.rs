@@ -49,9 +49,29 @@ pub struct ModelFlags {
     /// gpt2, bytes, or the path of a tokenizer.json, for a model without a tokenizer.json
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<String>,
+    #[command(flatten)]
+    pub device: DeviceFlags,
+}
+
+/// What a model reads with.
+#[derive(Args, Clone, Copy, Debug)]
+#[command(rename_all = "snake_case", next_help_heading = "Model")]
+pub struct DeviceFlags {
     /// Where to compute: auto, cpu or cuda:N
     #[arg(long, default_value_t = DeviceChoice::Auto)]
     pub device: DeviceChoice,
+    /// Of activations, and so of the blocks that are kept. Left out: bfloat16 on a GPU; the CPU computes in float32 alone
+    #[arg(long, value_enum)]
+    pub dtype: Option<Dtype>,
+}
+
+/// `--dtype` of commands that read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    #[value(name = "float32", alias = "torch.float32")]
+    Float32,
+    #[value(name = "bfloat16", alias = "torch.bfloat16")]
+    BFloat16,
 }
 
 /// How the model reads what is longer than its window.

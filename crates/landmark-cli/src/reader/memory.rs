@@ -245,7 +245,7 @@ fn landmarks(flags: &CacheFlags, model: &Gpt, mem_freq: usize, texts: usize) -> 
         window: config.sequence_length,
         context_miss: (config.model == Variant::LandmarkWithCmt).then_some(ContextMiss { cutoff }),
     };
-    Ok(LandmarkCache::new(cache, config.rope(), model.dtype(), model.device())?)
+    Ok(LandmarkCache::new(cache, config.rope(), model.activations(), model.device())?)
 }
 
 /// The most ordinary tokens of `positions`, wherever in their block they begin. Borders may be anywhere: a text of nothing but ends of
@@ -280,7 +280,8 @@ fn with_landmarks(
         }
     }
     let time = ids.len() / texts.len();
-    Ok((Tensor::from_vec(ids, (texts.len(), time), device)?, Tensor::new(places, device)?))
+    // Where models look at ids, and where what they make of them is.
+    Ok((Tensor::from_vec(ids, (texts.len(), time), &Device::Cpu)?, Tensor::new(places, device)?))
 }
 
 #[cfg(test)]

@@ -4,11 +4,10 @@ mod flags;
 mod memory;
 mod setting;
 
-use crate::device::DeviceChoice;
 use crate::sampling::Sampler;
 use anyhow::{Context, bail};
-use candle_core::{DType, Tensor};
-pub use flags::{CacheFlags, LmCache, ModelFlags, SelectionMethod};
+use candle_core::{DType, Device, Tensor};
+pub use flags::{CacheFlags, DeviceFlags, Dtype, LmCache, ModelFlags, SelectionMethod};
 use landmark_data::{TOKENIZER_FILE, Tokenizer};
 use landmark_memory::{BlockRead, LandmarkCache};
 use landmark_models::IGNORE;
@@ -117,7 +116,7 @@ impl Reader {
             };
             let targets: Vec<u32> = targets.iter().map(scored).collect();
             if !targets.is_empty() {
-                let targets = Tensor::new(targets, self.model.device())?.unsqueeze(0)?;
+                let targets = Tensor::new(targets, &Device::Cpu)?.unsqueeze(0)?;
                 let scores = self.model.token_scores(&states.contiguous()?, &targets)?;
                 losses.extend(scores.into_iter().flatten().map(|score| score.loss));
             }
@@ -190,9 +189,19 @@ pub fn drawable(model: &Gpt, tokenizer: &Tokenizer) -> impl Fn(u32) -> bool + us
 }
 
 /// The model in a folder, for reading.
-pub fn load(folder: &Path, device: DeviceChoice) -> anyhow::Result<Gpt> {
-    let loaded = Gpt::load(folder, &device.open_cpu("a model that reads")?);
-    Ok(loaded.with_context(|| format!("--checkpoint {}", folder.display()))?.detached())
+pub fn load(folder: &Path, flags: DeviceFlags) -> anyhow::Result<Gpt> {
+    let device = flags.device.open()?;
+    let loaded = Gpt::load(folder, &device);
+    let model = loaded.with_context(|| format!("--checkpoint {}", folder.display()))?.detached();
+    let activations = match flags.dtype {
+        Some(Dtype::BFloat16) if device.is_cpu() => {
+            bail!("--dtype bfloat16 is refused: on the CPU models compute in float32")
+        }
+        None | Some(Dtype::Float32) if device.is_cpu() => model.dtype(),
+        Some(Dtype::Float32) => DType::F32,
+        None | Some(Dtype::BFloat16) => DType::BF16,
+    };
+    Ok(model.with_activations(activations)?)
 }
 
 /// The folder of the model itself: an experiment's newest checkpoint if it is an experiment.

@@ -42,8 +42,7 @@ impl Gpt {
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(at(dir))
     }
 
-    /// Reads a model that [`Gpt::save`] wrote, in the element type of its weights. On the CPU, which computes in f32 or f64, weights of
-    /// half precision become f32.
+    /// Reads a model that [`Gpt::save`] wrote, in the element type of its weights, but those of half precision become f32.
     pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let path = dir.as_ref().join(CONFIG);
         let json = fs::read_to_string(&path).map_err(at(&path))?;
@@ -54,7 +53,7 @@ impl Gpt {
         let mut tensors = candle_core::safetensors::load_buffer(&bytes, device)
             .map_err(|source| Error::WeightsFile { path: path.clone(), source })?;
         let is_half = |tensor: &Tensor| matches!(tensor.dtype(), DType::BF16 | DType::F16);
-        for tensor in tensors.values_mut().filter(|tensor| device.is_cpu() && is_half(tensor)) {
+        for tensor in tensors.values_mut().filter(|tensor| is_half(tensor)) {
             *tensor = tensor.to_dtype(DType::F32)?;
         }
         Self::from_tensors(&config, tensors)

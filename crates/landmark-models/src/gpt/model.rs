@@ -139,6 +139,11 @@ impl Gpt {
         Ok(self)
     }
 
+    /// The element type of the activations, and so of the keys and values that attention is given.
+    pub fn activations(&self) -> DType {
+        self.activations
+    }
+
     /// Where the parameters are.
     pub fn device(&self) -> &Device {
         self.wte.device()
@@ -147,11 +152,6 @@ impl Gpt {
     /// The element type of the parameters.
     pub fn dtype(&self) -> DType {
         self.wte.dtype()
-    }
-
-    /// Where the parameters are.
-    pub fn device(&self) -> &Device {
-        self.wte.device()
     }
 
     /// The hidden states `[B, T, C]`, after the last normalisation, of `ids` `[B, T]` (u32, best on the CPU, where they are checked). `dropout` is the seed of a training step's

@@ -2,8 +2,7 @@
 
 use super::grid::GridName;
 use crate::args::{NoneOr, none_or};
-use crate::device::DeviceChoice;
-use crate::reader::CacheFlags;
+use crate::reader::{CacheFlags, DeviceFlags};
 use clap::ValueEnum;
 use std::path::PathBuf;
 
@@ -112,9 +111,8 @@ pub struct Args {
     /// gpt2, bytes, or the path of a tokenizer.json, for a model without a tokenizer.json
     #[arg(long, value_name = "FILE", help_heading = "Model")]
     pub tokenizer: Option<String>,
-    /// Where to compute: auto, cpu or cuda:N
-    #[arg(long, default_value_t = DeviceChoice::Auto, help_heading = "Model")]
-    pub device: DeviceChoice,
+    #[command(flatten)]
+    pub device: DeviceFlags,
     #[command(flatten)]
     pub text: TextFlags,
     /// Read through the model's cache; --lm_cache mem or kv does so too. Otherwise each --mid_length tokens are read by themselves

@@ -80,6 +80,7 @@ impl Cell {
 pub struct Results {
     checkpoint: String,
     device: String,
+    dtype: String,
     filler: Option<String>,
     keys: usize,
     seed: u64,
@@ -89,16 +90,9 @@ pub struct Results {
 
 impl Results {
     /// Nothing yet.
-    pub fn new(checkpoint: &Path, device: &str, filler: Option<&Path>, keys: usize, seed: u64) -> Self {
-        let filler = filler.map(|path| path.display().to_string());
-        Self {
-            checkpoint: checkpoint.display().to_string(),
-            device: device.into(),
-            filler,
-            keys,
-            seed,
-            cells: Vec::new(),
-        }
+    pub fn new(checkpoint: &Path, device: &str, dtype: &str, filler: Option<&Path>, keys: usize, seed: u64) -> Self {
+        let (checkpoint, filler) = (checkpoint.display().to_string(), filler.map(|path| path.display().to_string()));
+        Self { checkpoint, device: device.into(), dtype: dtype.into(), filler, keys, seed, cells: Vec::new() }
     }
 
     /// What stands over the lines.
@@ -122,6 +116,7 @@ impl Results {
         let all = serde_json::json!({
             "checkpoint": self.checkpoint,
             "device": self.device,
+            "dtype": self.dtype,
             "filler": self.filler,
             "keys": self.keys,
             "seed": self.seed,
