@@ -249,6 +249,31 @@ fn the_demonstration_tells_reads_and_asks() {
     }
 }
 
+/// What is exported is the model, in half of the bytes.
+#[test]
+fn an_exported_model_reads() {
+    let size = |folder: &str| fs::metadata(MODEL.path().join(folder).join("model.safetensors")).unwrap().len();
+    let said = text(&format!("export {CHECKPOINT} --out models/half"), "");
+    assert!(said.starts_with("models/half: ") && said.trim_end().ends_with("bf16"), "{said}");
+    text(&format!("export {CHECKPOINT} --out models/whole --dtype float32"), "");
+    assert!(size("models/half") < size("models/whole") * 6 / 10);
+    let write = |checkpoint: &str| {
+        text(&format!("generate --checkpoint {checkpoint} --file book.txt --max_new_tokens 9 --temperature 0"), "")
+    };
+    assert_eq!(write("models/whole"), write("exps/text/landmark/e"));
+    let perplexity = |checkpoint: &str| -> f64 {
+        let table = text(&format!("eval --checkpoint {checkpoint} --file book.txt --use_cache"), "");
+        let line = table.lines().find_map(|line| line.strip_prefix("perplexity ")).unwrap();
+        line.split_whitespace().next().unwrap().parse().unwrap()
+    };
+    let (half, whole) = (perplexity("models/half"), perplexity("models/whole"));
+    assert!(half != whole && (half / whole - 1.).abs() < 0.01, "{half} {whole}");
+    let itself = error("export --checkpoint models/half --out models/half");
+    assert!(itself.contains("it is the checkpoint itself"), "{itself}");
+    let refused = error(&format!("generate {CHECKPOINT} --prompt It --dtype bfloat16 --device cpu"));
+    assert!(refused.contains("--dtype bfloat16 is refused"), "{refused}");
+}
+
 /// Text is read as it ships: compressed.
 #[test]
 fn compressed_text_is_read_as_plain() {

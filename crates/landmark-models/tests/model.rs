@@ -202,10 +202,11 @@ fn half_precision_files_are_read_as_f32() {
     let model = Gpt::init(&config(), 1, DType::F32, &CPU).unwrap();
     for half in [DType::BF16, DType::F16] {
         let dir = tempfile::tempdir().unwrap();
-        model.save(dir.path()).unwrap();
+        model.save_as(dir.path(), half).unwrap();
         let halves: HashMap<String, Tensor> =
             model.parameters().iter().map(|(name, p)| (name.clone(), p.to_dtype(half).unwrap())).collect();
-        candle_core::safetensors::save(&halves, dir.path().join("model.safetensors")).unwrap();
+        let file = candle_core::safetensors::load(dir.path().join("model.safetensors"), &CPU).unwrap();
+        assert!(file.len() == halves.len() && file.values().all(|tensor| tensor.dtype() == half));
         let read = Gpt::load(dir.path(), &CPU).unwrap();
         assert_eq!(read.dtype(), DType::F32);
         for (name, parameter) in read.parameters() {

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod completions;
 pub mod demo;
 pub mod eval;
+pub mod export;
 pub mod generate;
 pub mod passkey;
 pub mod plot;
@@ -28,6 +29,8 @@ pub enum Command {
     Bench(bench::Args),
     /// Read a whole novel with the model that ships with the project, and ask about it: what `landmark` alone does
     Demo(Box<demo::Args>),
+    /// Write a trained model without what training needs, to be handed on
+    Export(export::Args),
     /// Go on with a text of any length
     Generate(Box<generate::Args>),
     /// Test whether the model finds a number that was told once, somewhere in a long text
@@ -46,6 +49,7 @@ impl Command {
             Self::Plot(args) => plot::run(args),
             Self::Bench(args) => bench::run(args),
             Self::Demo(args) => demo::run(*args),
+            Self::Export(args) => export::run(args),
             Self::Generate(args) => generate::run(*args),
             Self::Passkey(args) => passkey::run(*args),
             Self::Completions(args) => completions::run(args),

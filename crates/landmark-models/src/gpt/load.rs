@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::config::GptConfig;
 use super::model::Gpt;
@@ -25,11 +25,17 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
 impl Gpt {
     /// Writes the model's files into `dir`, which is made if it does not exist; files of an earlier model are replaced.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
+        self.save_as(dir, self.dtype())
+    }
+
+    /// As [`Gpt::save`], with the weights rounded to `dtype`.
+    pub fn save_as(&self, dir: impl AsRef<Path>, dtype: DType) -> Result<()> {
         let dir = dir.as_ref();
         fs::create_dir_all(dir).map_err(at(dir))?;
         replace(&dir.join(WEIGHTS), |path| {
-            let tensors: HashMap<&str, Tensor> =
-                self.parameters().iter().map(|(name, var)| (name.as_str(), var.as_detached_tensor())).collect();
+            let rounded =
+                |(name, var): (&'_ String, &Var)| Ok((name.clone(), var.as_detached_tensor().to_dtype(dtype)?));
+            let tensors = self.parameters().iter().map(rounded).collect::<Result<HashMap<String, Tensor>>>()?;
             candle_core::safetensors::save(&tensors, path)
                 .map_err(|source| Error::WeightsFile { path: path.to_path_buf(), source })
         })?;
