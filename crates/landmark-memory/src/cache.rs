@@ -172,6 +172,12 @@ impl LandmarkCache {
         self.layers.iter().map(|layer| layer.store.bytes()).sum()
     }
 
+    /// Bytes that so many blocks take, or as many as are kept, in all layers.
+    pub fn bytes_of(&self, blocks: usize) -> usize {
+        let kept = self.config.max_blocks.map_or(blocks, |max| max.min(blocks));
+        self.layers.iter().map(|layer| layer.store.bytes_of(kept)).sum()
+    }
+
     /// Sets memory aside for so many blocks, or as many as are kept: a text of known length is then read without ever copying its
     /// blocks to a larger place.
     ///

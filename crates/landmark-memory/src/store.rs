@@ -50,6 +50,11 @@ impl BlockStore {
         [&self.keys, &self.values, &self.landmarks].iter().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
     }
 
+    /// Bytes of memory that so many blocks take.
+    pub fn bytes_of(&self, blocks: usize) -> usize {
+        (self.bytes() / self.keys.dims()[2]).saturating_mul(blocks)
+    }
+
     /// The blocks, as retrieval reads them; `lengths` as it expects them.
     pub fn blocks<'a>(&'a self, lengths: Option<&'a [u32]>) -> Blocks<'a> {
         let Self { keys, values, landmarks, first, len, .. } = self;

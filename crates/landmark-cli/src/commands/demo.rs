@@ -198,7 +198,8 @@ fn introduce(
         config.mem_freq.unwrap_or_default()
     )?;
     let text = match &args.file {
-        None => format!("{TITLE}, which the model has never seen"),
+        None if args.checkpoint.is_none() => format!("{TITLE}, which the model has never seen"),
+        None => TITLE.into(),
         Some(file) => file.display().to_string(),
     };
     let windows = tokens.len() / window;

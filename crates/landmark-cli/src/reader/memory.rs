@@ -104,20 +104,22 @@ impl Memory {
 
     /// Sets memory aside for texts of so many tokens each, as far as blocks of full length hold them.
     pub fn reserve(&mut self, tokens: usize) -> anyhow::Result<()> {
-        let bytes = |memory: &Self| memory.caches().map(LandmarkCache::bytes).sum::<usize>();
-        let before = bytes(self);
-        for cache in self.caches_mut() {
-            cache.reserve(tokens / cache.mem_freq() + 1)?;
+        let on_cpu = self.on_cpu;
+        let mut more = 0;
+        for cache in self.caches() {
+            more += cache.bytes_of(tokens / cache.mem_freq() + 1).saturating_sub(cache.bytes());
         }
         // The system hands out memory that it does not have, and ends the process when it is used.
-        let (more, free) = (bytes(self) - before, machine::available_memory());
-        if let Some(free) = free.filter(|&free| self.on_cpu && more as u64 > free) {
+        if let Some(free) = machine::available_memory().filter(|&free| on_cpu && more as u64 > free) {
             anyhow::bail!(
                 "the blocks of {tokens} tokens take {:.1} GB of memory, and {:.1} GB are free: read less at once, or keep fewer \
                  blocks with --mem_cache_size",
                 more as f64 / 1e9,
                 free as f64 / 1e9
             );
+        }
+        for cache in self.caches_mut() {
+            cache.reserve(tokens / cache.mem_freq() + 1)?;
         }
         Ok(())
     }
@@ -379,6 +381,26 @@ mod tests {
             let last = |x: &Tensor| x.narrow(1, x.dims()[1] - 1, 1).unwrap().flatten_all().unwrap();
             assert!(off(&last(&hidden), &last(&expected)) < 1e-5);
         }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn what_does_not_fit_the_memory_is_refused() {
+        let model = model(Variant::Landmark, Placement::Regular);
+        let memory = |mem_cache_size| {
+            let flags = CacheFlags { mem_cache_size, ..CacheFlags::default() };
+            Memory::new(&flags, &model, None, 2).unwrap().0
+        };
+        let error = memory(None).reserve(1 << 40).unwrap_err().to_string();
+        assert!(
+            error.starts_with("the blocks of 1099511627776 tokens take ") && error.contains("--mem_cache_size"),
+            "{error}"
+        );
+        memory(Some(100)).reserve(1 << 40).unwrap();
+        let mut memory = memory(None);
+        memory.reserve(1000).unwrap();
+        // Six positions of a block, and its landmark's key: 2 texts, 2 layers, 32 channels of 4 bytes.
+        assert_eq!(memory.caches().map(LandmarkCache::bytes).sum::<usize>(), 201 * (2 * 6 + 1) * 2 * 2 * 32 * 4);
     }
 
     /// Texts that are read side by side do not see each other, also where their landmarks are at different places.
