@@ -12,8 +12,6 @@ use half::{bf16, f16};
 use super::{Element, check};
 use crate::outside::{Join, OP};
 
-const OP: &str = "landmark_attention_with_outside";
-
 unsafe extern "C" {
     fn landmark_outside_join(
         dtype: c_int,
