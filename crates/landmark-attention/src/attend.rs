@@ -10,4 +10,19 @@ pub trait Attend {
     /// `q` is `[batch, heads, time, head_dim]`, `k` and `v` `[batch, kv_heads, time, head_dim]`, all as projected: positions
     /// are the implementation's business, since a cache keeps keys before rotation. Any strides, last dimension contiguous.
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
+
+    /// The same with a way back that needs no graph of candle's, for a caller that keeps a list of such ways; `None` from an implementation that has
+    /// only candle's.
+    fn attend_with_backward(
+        &mut self,
+        _layer: usize,
+        _q: &Tensor,
+        _k: &Tensor,
+        _v: &Tensor,
+    ) -> Result<Option<(Tensor, AttendBackward)>> {
+        Ok(None)
+    }
 }
+
+/// Turns the gradient of an attention's output into those of q, k and v.
+pub type AttendBackward = Box<dyn Fn(&Tensor) -> Result<[Tensor; 3]> + Send + Sync>;

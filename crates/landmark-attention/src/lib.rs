@@ -33,7 +33,7 @@ pub mod reference;
 pub mod retrieval;
 mod rope;
 
-pub use attend::Attend;
+pub use attend::{Attend, AttendBackward};
 pub use error::{Error, Result};
 pub use params::{Dropout, LandmarkParams, Landmarks, Softmax};
 pub use rope::{Pairs, Rope, Rotation};

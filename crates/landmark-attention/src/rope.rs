@@ -110,6 +110,11 @@ impl Rotation {
         Ok(x.apply_op1(self.clone())?)
     }
 
+    /// The rotation that undoes this one, and so turns the gradient of its result into that of its argument.
+    pub fn inverse(&self) -> Self {
+        Self { sign: -self.sign, ..self.clone() }
+    }
+
     /// Whether each row of a batch has positions of its own.
     fn is_per_row(&self, batch: usize, time: usize) -> bool {
         self.table.host.len() == batch * time * self.n_freq && batch > 1

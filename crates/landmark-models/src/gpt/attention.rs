@@ -2,8 +2,8 @@
 
 use candle_core::{Device, Tensor};
 use landmark_attention::{
-    Attend, Dropout, LandmarkParams, Landmarks, Rotation, Softmax, landmark_attention, landmark_attention_with_outside,
-    reference,
+    Attend, AttendBackward, Dropout, LandmarkParams, Landmarks, Rotation, Softmax, landmark_attention,
+    landmark_attention_backward, landmark_attention_with_lse, landmark_attention_with_outside, reference,
 };
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -148,6 +148,28 @@ impl Attend for WindowAttention {
             &miss.controlled.to_device(q.device())?,
         )?;
         Tensor::cat(&[&Tensor::zeros((batch, heads, 1, dim), out.dtype(), out.device())?, &out], 2)
+    }
+
+    fn attend_with_backward(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> candle_core::Result<Option<(Tensor, AttendBackward)>> {
+        let plain = self.miss.is_none() && self.negatives.is_none();
+        if !plain || (q.dim(0)?, q.dim(2)?) != (self.batch, self.time) {
+            return Ok(None);
+        }
+        let (params, back, v) = (self.params(layer), self.rotation.inverse(), v.clone());
+        let (q, k) = (self.rotation.apply(q)?, self.rotation.apply(k)?);
+        let (out, lse) = landmark_attention_with_lse(&q, &k, &v, &params)?;
+        let result = out.clone();
+        let backward = move |dout: &Tensor| -> candle_core::Result<[Tensor; 3]> {
+            let [dq, dk, dv] = landmark_attention_backward([&q, &k, &v], &params, &out, &lse, dout)?;
+            Ok([back.apply(&dq)?, back.apply(&dk)?, dv])
+        };
+        Ok(Some((result, Box::new(backward))))
     }
 }
 

@@ -186,8 +186,7 @@ impl Gpt {
             if let Some([q_norm, k_norm]) = &layer.qk_norm {
                 (q, k) = (q_norm.apply(&q, self.activations)?, k_norm.apply(&k, self.activations)?);
             }
-            let o =
-                ops::bridge([&q, &k, &v], |[q, k, v]| attention.attend(index, q, k, v)?.to_dtype(self.activations))?;
+            let o = ops::attend(attention, index, [&q, &k, &v], self.activations)?;
             let (w, b) = &layer.c_proj;
             x = ops::merge_heads(&o, w, b.as_ref(), &x, drop(2 * index + 1))?;
             x = ops::mlp(&layer.ln_2.apply(&x, self.activations)?, &layer.mlp, &x, drop(2 * index + 2))?;

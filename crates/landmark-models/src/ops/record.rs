@@ -26,6 +26,8 @@ use candle_core::backprop::GradStore;
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Shape, Storage, Tensor, TensorId, Var, WithDType};
 
+use landmark_attention::Attend;
+
 use crate::Result;
 
 type Slots = Arc<Mutex<Vec<Option<Tensor>>>>;
@@ -92,6 +94,8 @@ struct Node {
     inputs: Vec<Option<TensorId>>,
     outputs: Vec<TensorId>,
     backward: Backward,
+    /// Whether `backward` is given, after the gradients of the outputs, what the gradient of the first input is so far, and adds to it.
+    adds: bool,
 }
 
 fn is_recording() -> bool {
@@ -111,10 +115,13 @@ impl Recording {
         let Recorded { nodes, .. } = RECORDED.take().unwrap_or_default();
         drop(self);
         let mut gradients = HashMap::from([(loss.id(), loss.ones_like()?)]);
-        for Node { inputs, outputs, backward } in nodes.into_iter().rev() {
-            let of_outputs: Vec<_> = outputs.iter().map(|id| gradients.remove(id)).collect();
+        for Node { inputs, outputs, backward, adds } in nodes.into_iter().rev() {
+            let mut of_outputs: Vec<_> = outputs.iter().map(|id| gradients.remove(id)).collect();
             if of_outputs.iter().all(Option::is_none) {
                 continue;
+            }
+            if adds {
+                of_outputs.push(inputs[0].and_then(|id| gradients.remove(&id)));
             }
             let of_inputs = backward(of_outputs)?;
             assert_eq!(inputs.len(), of_inputs.len(), "one gradient for each input");
@@ -161,12 +168,34 @@ pub(crate) fn bridge<const N: usize>(
         let of = |input: &Tensor| gradients.remove(input).map_or_else(|| input.zeros_like(), Ok);
         Ok(inputs.iter().map(of).collect::<candle_core::Result<_>>()?)
     });
+    push(ids.to_vec(), &detached, backward);
+    Ok(detached)
+}
+
+/// Attention of a layer, in `dtype`; for a recording with the attention's own way back, where it has one.
+pub(crate) fn attend(attention: &mut dyn Attend, layer: usize, qkv: [&Tensor; 3], dtype: DType) -> Result<Tensor> {
+    let ids = qkv.map(wanted);
+    if ids.iter().any(Option::is_some) {
+        let [q, k, v] = qkv.map(Tensor::detach);
+        if let Some((out, backward)) = attention.attend_with_backward(layer, &q, &k, &v)? {
+            let backward: Backward = Box::new(move |mut gradients| {
+                let gradient = gradients.pop().flatten().expect("a node is reached through its only result");
+                Ok(backward(&gradient)?.into())
+            });
+            push(ids.to_vec(), &out, backward);
+            return Ok(out);
+        }
+    }
+    bridge(qkv, |[q, k, v]| attention.attend(layer, q, k, v)?.to_dtype(dtype))
+}
+
+/// Records what gave `out`, which is no variable to candle.
+fn push(inputs: Vec<Option<TensorId>>, out: &Tensor, backward: Backward) {
     RECORDED.with_borrow_mut(|recorded| {
         let recorded = recorded.as_mut().expect("a recording wants these gradients");
-        recorded.bridged.insert(detached.id());
-        recorded.nodes.push(Node { inputs: ids.to_vec(), outputs: vec![detached.id()], backward });
+        recorded.bridged.insert(out.id());
+        recorded.nodes.push(Node { inputs, outputs: vec![out.id()], backward, adds: false });
     });
-    Ok(detached)
 }
 
 /// The id of a tensor whose gradient a recording wants.
@@ -203,6 +232,7 @@ impl CustomOp1 for Seed {
 pub(crate) struct Tape {
     name: &'static str,
     way: Way,
+    adds: bool,
 }
 
 enum Way {
@@ -217,14 +247,14 @@ impl Tape {
                 assert!(input.is_variable() || !input.track_op(), "{name}: an input that was not bridged");
                 wanted(input)
             });
-            return Ok(Self { name, way: Way::Recorded(ids.collect()) });
+            return Ok(Self { name, way: Way::Recorded(ids.collect()), adds: false });
         }
         let input_grads: Slots = Arc::new(Mutex::new(vec![None; inputs.len()]));
         let mut token = Tensor::zeros((), DType::F32, inputs[0].device())?;
         for (index, input) in inputs.iter().enumerate() {
             token = token.apply_op2(input, Tie { name, index, grads: input_grads.clone() })?;
         }
-        Ok(Self { name, way: Way::Candle { token, input_grads } })
+        Ok(Self { name, way: Way::Candle { token, input_grads }, adds: false })
     }
 
     /// Whether a gradient of the results can be asked for: what only the backward needs is worth keeping only then.
@@ -250,7 +280,7 @@ impl Tape {
                     .map(|Output { storage, shape }| Tensor::from_storage(storage, shape, BackpropOp::none(), tracked));
                 if tracked {
                     let outputs = tensors.iter().map(Tensor::id).collect();
-                    let node = Node { inputs, outputs, backward: Box::new(backward) };
+                    let node = Node { inputs, outputs, backward: Box::new(backward), adds: self.adds };
                     RECORDED.with_borrow_mut(|recorded| recorded.as_mut().expect("a recording").nodes.push(node));
                 }
                 return Ok(tensors);
@@ -281,6 +311,22 @@ impl Tape {
     ) -> Result<Tensor> {
         let [tensor] = self.finish([output], move |mut grads| {
             backward(grads.pop().flatten().expect("the hub is reached through its only result"))
+        })?;
+        Ok(tensor)
+    }
+
+    /// [`Tape::finish_one`] for a function that adds the gradient of its first input to what there is of it so far, if anything.
+    #[cfg(feature = "cuda")]
+    pub fn finish_adding(
+        mut self,
+        output: Output,
+        backward: impl Fn(Tensor, Option<Tensor>) -> Result<Vec<Tensor>> + Send + Sync + 'static,
+    ) -> Result<Tensor> {
+        self.adds = true;
+        let [tensor] = self.finish([output], move |grads| {
+            let mut grads = grads.into_iter();
+            let grad = grads.next().flatten().expect("the hub is reached through its only result");
+            backward(grad, grads.next().flatten())
         })?;
         Ok(tensor)
     }

@@ -67,11 +67,11 @@ __global__ void norm_forward(const X *x, const float *w, const float *b, Y *y, f
     }
 }
 
-// With xhat = (x - mean) rstd and g = dy w: dx = rstd (g - mean(g) - xhat mean(g xhat)), without mean(g) if not centred. Each warp keeps
+// With xhat = (x - mean) rstd and g = dy w: dx = rstd (g - mean(g) - xhat mean(g xhat)), without mean(g) if not centred, plus `added` if there is any. Each warp keeps
 // its part of dw = sum of dy xhat and db = sum of dy in shared memory, where its lanes have columns of their own; a block's parts
 // go to partial [gridDim.x][1 or 2][width].
 template <typename X, typename Y>
-__global__ void norm_backward(const Y *dy, const X *x, const float *w, const float2 *stats, X *dx, float *partial, int rows,
+__global__ void norm_backward(const Y *dy, const X *x, const float *w, const float2 *stats, const X *added, X *dx, float *partial, int rows,
                               int width, bool centred, bool biased) {
     extern __shared__ float shared[];
     const int warps = blockDim.x / WARP, warp = threadIdx.x / WARP, kept = (biased ? 2 : 1) * width;
@@ -102,6 +102,11 @@ __global__ void norm_backward(const Y *dy, const X *x, const float *w, const flo
             in.at(c, v), grad.at(c, g), weight.at(c, s);
 #pragma unroll
             for (int i = 0; i < V; i++) v[i] = rstd * (g[i] * s[i] - mean_g - (v[i] - mean) * rstd * mean_gx);
+            if (added) {
+                Row<X>{added + (int64_t)row * width, width, whole}.at(c, g);
+#pragma unroll
+                for (int i = 0; i < V; i++) v[i] += g[i];
+            }
             put(dx + (int64_t)row * width, width, whole, c, v);
         }
     }
@@ -248,7 +253,7 @@ void launch_norm_forward(const void *x, const float *w, const float *b, void *y,
 }
 
 template <typename X, typename Y>
-cudaError_t launch_norm_backward(const void *dy, const void *x, const float *w, const float *stats, void *dx, float *partial,
+cudaError_t launch_norm_backward(const void *dy, const void *x, const float *w, const float *stats, const void *added, void *dx, float *partial,
                                  float *sums, int parts, int rows, int width, bool centred, bool biased, cudaStream_t stream) {
     const int kept = (biased ? 2 : 1) * width, bytes = kept * sizeof(float);
     int warps = THREADS / WARP;
@@ -257,7 +262,7 @@ cudaError_t launch_norm_backward(const void *dy, const void *x, const float *w, 
         const auto error = cudaFuncSetAttribute(norm_backward<X, Y>, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * bytes);
         if (error != cudaSuccess) return error;
     }
-    norm_backward<<<parts, warps * WARP, warps * bytes, stream>>>((const Y *)dy, (const X *)x, w, (const float2 *)stats, (X *)dx,
+    norm_backward<<<parts, warps * WARP, warps * bytes, stream>>>((const Y *)dy, (const X *)x, w, (const float2 *)stats, (const X *)added, (X *)dx,
                                                                   partial, rows, width, centred, biased);
     sum_parts<<<blocks_for(kept, WARP), dim3(WARP, 8), 0, stream>>>(partial, sums, parts, kept);
     return cudaSuccess;
@@ -304,17 +309,17 @@ int landmark_norm_forward(const void *x, int x_type, const float *w, const float
 }
 
 // sums: dw, then db if biased. partial: parts times that.
-int landmark_norm_backward(const void *dy, int y_type, const void *x, int x_type, const float *w, const float *stats, void *dx,
+int landmark_norm_backward(const void *dy, int y_type, const void *x, int x_type, const float *w, const float *stats, const void *added, void *dx,
                            float *partial, float *sums, int parts, int rows, int width, int centred, int biased,
                            cudaStream_t stream) {
     cudaError_t error;
     if (x_type == F32 && y_type == F32)
-        error = launch_norm_backward<float, float>(dy, x, w, stats, dx, partial, sums, parts, rows, width, centred, biased, stream);
+        error = launch_norm_backward<float, float>(dy, x, w, stats, added, dx, partial, sums, parts, rows, width, centred, biased, stream);
     else if (x_type == F32)
-        error = launch_norm_backward<float, __nv_bfloat16>(dy, x, w, stats, dx, partial, sums, parts, rows, width, centred, biased,
+        error = launch_norm_backward<float, __nv_bfloat16>(dy, x, w, stats, added, dx, partial, sums, parts, rows, width, centred, biased,
                                                            stream);
     else
-        error = launch_norm_backward<__nv_bfloat16, __nv_bfloat16>(dy, x, w, stats, dx, partial, sums, parts, rows, width, centred,
+        error = launch_norm_backward<__nv_bfloat16, __nv_bfloat16>(dy, x, w, stats, added, dx, partial, sums, parts, rows, width, centred,
                                                                    biased, stream);
     return error ? error : cudaGetLastError();
 }

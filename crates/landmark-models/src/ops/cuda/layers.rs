@@ -264,7 +264,7 @@ pub fn norm(x: &Tensor, kind: NormKind, w: &Tensor, b: Option<&Tensor>, dtype: D
         unsafe { landmark_norm_forward(x_at, x_type, w_at, b_at, y, y_type, stats, n, c, centred, stream) }
     })?;
     let (w, biased, stats) = (w.clone(), b.is_some(), stats.tensor());
-    tape.finish_one(y.output(), move |dy| {
+    tape.finish_adding(y.output(), move |dy, so_far| {
         // Enough blocks to fill the GPU, few enough that their parts of the sums are little beside x.
         let parts = rows.div_ceil(8).min(528);
         let kept = if biased { 2 * width } else { width };
@@ -273,6 +273,8 @@ pub fn norm(x: &Tensor, kind: NormKind, w: &Tensor, b: Option<&Tensor>, dtype: D
         let (partial, sums) = (Fresh::new(&device, (parts, kept), DType::F32)?, Fresh::new(&device, kept, DType::F32)?);
         let (x_at, w_at) = (address(OP, "x", &x)?, address(OP, "w", &w)?);
         let (dy_at, stats_at) = (address(OP, "dy", &dy)?, address(OP, "stats", &stats)?);
+        let so_far = so_far.map(|so_far| so_far.contiguous()).transpose()?;
+        let added = so_far.as_ref().map_or(Ok(0), |so_far| address(OP, "grad", so_far))?;
         run(OP, &device, |stream| {
             let (dx, partial, sums) = (dx.address, partial.address, sums.address);
             // SAFETY: as above.
@@ -284,6 +286,7 @@ pub fn norm(x: &Tensor, kind: NormKind, w: &Tensor, b: Option<&Tensor>, dtype: D
                     x_type,
                     w_at,
                     stats_at,
+                    added,
                     dx,
                     partial,
                     sums,
@@ -435,6 +438,7 @@ unsafe extern "C" {
         x_type: ElementType,
         w: Address,
         stats: Address,
+        added: Address,
         dx: Address,
         partial: Address,
         sums: Address,
