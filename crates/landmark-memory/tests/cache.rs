@@ -506,3 +506,17 @@ fn wrong_settings_and_chunks_are_named() {
     let long = cache.forward_with_landmarks(&tokens, &[false; 10], |ids, _| ids.to_dtype(DType::F64)).unwrap_err();
     assert!(long.to_string().contains("a block of more than 9 tokens"), "{long}");
 }
+
+/// Projections as a linear layer leaves them, with the heads inside: the same as with the heads outside.
+#[test]
+fn strided_projections_are_read_too() {
+    let (batch, mem_freq) = (2, 5);
+    // Blocks of 3 to 5 tokens, the last one unfinished.
+    let follows: Vec<bool> = (0..40).map(|i| [2, 6, 11].contains(&(i % 12))).collect();
+    let text = Text::new(batch, 2, 2, 40 + follows.iter().filter(|&&f| f).count());
+    let inside = |x: &Tensor| x.transpose(1, 2).unwrap().contiguous().unwrap().transpose(1, 2).unwrap();
+    let strided = Text { q: inside(&text.q), k: inside(&text.k), v: inside(&text.v) };
+    let chunks = [7, 1, 1, 20, 11];
+    let of = |text: &Text| read_at(&mut cache(config(batch, 2, mem_freq, 2)), text, batch, &chunks, &follows, None);
+    assert_eq!(off(&of(&text), &of(&strided)), 0.);
+}
