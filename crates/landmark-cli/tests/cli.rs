@@ -172,6 +172,11 @@ fn refused_flags_say_why() {
         ("--under_rem_score_prob 0.5", "under_rem_score_prob is refused: only --model landmark_with_cmt"),
         ("--rem_cutoff 0.1", "rem_cutoff is refused: the reference does not train with it"),
         ("--pos_jump_on_mem 9", "pos_jump_on_mem is refused: it needs --positional_encoder rotary_mem_jump"),
+        ("--answer_weight 2", "answer_weight is refused: it needs --exercise_rows SHARE"),
+        ("--several_facts 0.1", "several_facts is refused: it needs --exercise_rows SHARE"),
+        ("--asked_again 0.1", "asked_again is refused: it needs --exercise_rows SHARE"),
+        ("--negative_share 0.1", "negative_share is refused: it needs --negative_rows N"),
+        ("--negative_top_k 2", "negative_top_k is refused: it needs --negative_rows N"),
         ("--use_cache", "use_cache is refused: training reads no cache"),
         ("--lm_cache mem", "lm_cache is refused: training reads no cache"),
         ("--mem_cache_size 40", "mem_cache_size is refused: training reads no cache"),
@@ -208,6 +213,13 @@ fn bad_values_name_the_flag() {
         ("--mem_freq 0", "mem_freq"),
         ("--grad_clip 0", "--grad_clip: 0 is outside its range"),
         ("--tokenizer missing.json", "--tokenizer"),
+        ("--exercise_rows 0.5", "--exercise_rows: exercises need --whole_blocks"),
+        ("--exercise_rows 1.5 --whole_blocks", "--exercise_rows: 1.5, expected a share above 0"),
+        ("--exercise_rows 0.5 --whole_blocks --answer_weight 0", "--answer_weight: 0, expected a number above 0"),
+        ("--whole_blocks --mem_freq None", "--whole_blocks: other landmarks, or none, expected landmarks"),
+        ("--negative_rows 2", "--negative_rows: only --model landmark"),
+        ("--model landmark --negative_rows 50", "negative_rows"),
+        ("--model landmark --negative_rows 2 --negative_top_k 9", "negative_top_k"),
     ];
     for (flags, reason) in cases {
         let text = error(folder.path(), &format!("train --dataset pg19 {flags}"));

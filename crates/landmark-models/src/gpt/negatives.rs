@@ -286,4 +286,35 @@ mod tests {
         check(NegativeRows { negative_top_k: 5, ..OPTIONS }, config(), "negative_top_k");
         check(OPTIONS, GptConfig { mem_freq: None, ..config() }, "negative_rows");
     }
+
+    /// Log-sum-exps and the gradients of queries and keys.
+    #[cfg(feature = "cuda")]
+    fn on(device: &Device, dtype: DType) -> Vec<f64> {
+        let input = |seed| {
+            let x = tensor(seed).to_dtype(DType::BF16).unwrap().to_dtype(dtype).unwrap();
+            Var::from_tensor(&x.to_device(device).unwrap()).unwrap()
+        };
+        let (q, k) = (input(1), input(2));
+        let outside = negatives(&regular(), 9).outside(&q, &k, 0.4).unwrap();
+        let loss = outside.narrow(0, 2, 3).unwrap().sqr().unwrap().sum_all().unwrap();
+        let grads = loss.backward().unwrap();
+        let all = [outside.narrow(0, 2, 3).unwrap(), grads.get(&q).unwrap().clone(), grads.get(&k).unwrap().clone()];
+        let numbers = |x: &Tensor| x.flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
+        all.iter().flat_map(numbers).map(f64::from).collect()
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn negatives_on_a_gpu_are_those_of_the_cpu() {
+        let Ok(device) = Device::new_cuda(0) else {
+            eprintln!("skipped: no GPU here");
+            return;
+        };
+        let expected = on(&Device::Cpu, DType::F32);
+        for (dtype, tolerance) in [(DType::F32, 1e-3), (DType::BF16, 0.15)] {
+            let off = on(&device, dtype).iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0., f64::max);
+            println!("{dtype:?}: off by {off:e}");
+            assert!(off < tolerance, "{dtype:?}: off by {off:e}");
+        }
+    }
 }
