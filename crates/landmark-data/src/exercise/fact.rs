@@ -74,7 +74,7 @@ impl Words {
 
     /// One of them, or now and then one of our nouns, which may be several tokens.
     fn draw(&self, draw: &mut Draw) -> &str {
-        if draw.chance(0.2) { *draw.of(&NOUNS) } else { draw.of::<String>(&self.0) }
+        if draw.chance(0.2) { draw.of(&NOUNS) } else { &self.0[draw.below(self.0.len())] }
     }
 }
 
@@ -96,12 +96,12 @@ impl Fact {
     /// `n` facts with different names.
     pub(super) fn several(n: usize, words: &Words, draw: &mut Draw) -> Vec<Self> {
         // Facts of one kind: what the name does not share with the others is all that tells them apart.
-        let (possession, noun) = (*draw.of(&POSSESSIONS), if draw.chance(0.5) { "key" } else { *draw.of(&NOUNS) });
+        let (possession, noun) = (draw.of(&POSSESSIONS), if draw.chance(0.5) { "key" } else { draw.of(&NOUNS) });
         let kind = if n == 1 || draw.chance(0.4) { 2 } else { draw.below(2) };
         let mut facts: Vec<Self> = Vec::with_capacity(n);
         while facts.len() < n {
             let name = match kind {
-                0 => Name::Possession(*draw.of(&PERSONS), possession),
+                0 => Name::Possession(draw.of(&PERSONS), possession),
                 1 => Name::Thing(format!("{} {noun}", words.draw(draw))),
                 _ => Self::name(words, draw),
             };
@@ -115,7 +115,7 @@ impl Fact {
     fn name(words: &Words, draw: &mut Draw) -> Name {
         match draw.fraction() {
             ..0.5 => Name::Thing("pass key".into()),
-            ..0.7 => Name::Possession(*draw.of(&PERSONS), *draw.of(&POSSESSIONS)),
+            ..0.7 => Name::Possession(draw.of(&PERSONS), draw.of(&POSSESSIONS)),
             ..0.9 => Name::Thing(format!("{} {}", words.draw(draw), draw.of(&NOUNS))),
             _ => Name::Thing(format!("{} {}", words.draw(draw), words.draw(draw))),
         }
@@ -140,7 +140,7 @@ impl Fact {
         self.sentence(draw, &QUESTIONS)
     }
 
-    fn sentence(&self, draw: &mut Draw, sentences: &[&str]) -> String {
+    fn sentence(&self, draw: &mut Draw, sentences: &[&'static str]) -> String {
         let sentence = draw.of(sentences).replace("{n}", VALUE);
         let phrase = self.phrase(draw);
         let (first, rest) = phrase.split_at(1);
@@ -153,7 +153,7 @@ pub(super) const VALUE: &str = "\0";
 
 /// The description of the task.
 pub(super) fn task(draw: &mut Draw) -> &'static str {
-    *draw.of(&TASKS)
+    draw.of(&TASKS)
 }
 
 /// A number, mostly of five digits, without zeros in front.

@@ -153,8 +153,8 @@ impl Draw {
         self.fraction() < probability
     }
 
-    fn of<'a, T>(&mut self, choices: &'a [T]) -> &'a T {
-        &choices[self.below(choices.len())]
+    fn of(&mut self, choices: &[&'static str]) -> &'static str {
+        choices[self.below(choices.len())]
     }
 
     /// `n` numbers below `bound + 1`, ascending.

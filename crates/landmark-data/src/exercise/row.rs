@@ -170,7 +170,7 @@ pub(super) fn statement(exercises: &Exercises, draw: &mut Draw, fact: &Fact) -> 
 /// A question and its answer.
 pub(super) fn question(exercises: &Exercises, draw: &mut Draw, fact: &Fact) -> Result<Piece> {
     let mut piece = Piece::new();
-    let line = *draw.of(&["\n", "\n", "\n", "\n\n", " "]);
+    let line = draw.of(&["\n", "\n", "\n", "\n\n", " "]);
     piece.push(&exercises.tokenizer.encode(&(line.to_string() + &fact.question(draw)))?, 1.);
     let weight = exercises.options.answer_weight as f32;
     // The full stop is part of the answer: without it a model never learns where a number ends.
