@@ -78,7 +78,6 @@ struct GpuFlags {
 
 /// The sizes of q, k and v: `B,H,T,D`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "what measures GPUs reads them"))]
 pub struct GpuShape {
     /// Sequences.
     pub batch: usize,
