@@ -40,8 +40,11 @@ impl NegativeRows {
         let wrong =
             |field, got: String, expected: &str| Err(Error::Config { field, got, expected: expected.to_string() });
         let &Self { negative_rows, negative_share, negative_top_k } = self;
-        if negative_rows == 0 || negative_rows > batch_size.saturating_sub(exercises) {
-            let expected = format!("at least 1, and at most the {} rows that are no exercises", batch_size - exercises);
+        // Somebody must be left to see them.
+        let plain = batch_size.saturating_sub(exercises).min(batch_size - 1);
+        if !(1..=plain).contains(&negative_rows) {
+            let expected =
+                format!("at least 1, and at most the {plain} rows that are no exercises and not the only ones");
             return wrong("negative_rows", negative_rows.to_string(), &expected);
         }
         if !(negative_share > 0. && negative_share <= 1.) {
@@ -281,6 +284,8 @@ mod tests {
         OPTIONS.check(&config(), ROWS, EXERCISES).unwrap();
         check(NegativeRows { negative_rows: 5, ..OPTIONS }, config(), "negative_rows");
         check(NegativeRows { negative_rows: 0, ..OPTIONS }, config(), "negative_rows");
+        let all = NegativeRows { negative_rows: ROWS, ..OPTIONS }.check(&config(), ROWS, 0).unwrap_err();
+        assert!(matches!(all, Error::Config { field: "negative_rows", .. }), "{all}");
         check(NegativeRows { negative_share: 1.5, ..OPTIONS }, config(), "negative_share");
         check(NegativeRows { negative_share: 0.01, ..OPTIONS }, config(), "negative_share");
         check(NegativeRows { negative_top_k: 5, ..OPTIONS }, config(), "negative_top_k");
