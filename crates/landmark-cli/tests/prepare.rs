@@ -64,7 +64,7 @@ fn pg19_with_every_tokenizer() {
         [("pg19/train/1.txt", book(0..400)), ("pg19/validation/2.txt", book(7..99)), ("pg19/test/3.txt", book(5..50))];
     let dir = folder(&files);
     for (tokenizer, entries) in
-        [("--tokenizer gpt2", 50_257u32), ("--tokenizer bytes", 258), ("--train_tokenizer 300 --split_digits", 300)]
+        [("--tokenizer gpt2", 50_257u32), ("--tokenizer bytes", 258), ("--train_tokenizer 280 --split_digits", 280)]
     {
         let (stdout, _) = prepared(dir.path(), &format!("--dataset pg19 --data_dir pg19 {tokenizer}"));
         assert!(stdout.starts_with("data/pg19: ") && stdout.contains(" test tokens of 3 documents ("), "{stdout}");
