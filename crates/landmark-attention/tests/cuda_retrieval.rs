@@ -181,10 +181,10 @@ fn assert_near(what: &str, got: &Tensor, expected: &Tensor, tolerance: f64) {
     assert_eq!(got.len(), expected.len(), "{what}");
     let norm = (expected.iter().map(|x| x * x).sum::<f64>() / expected.len() as f64).sqrt();
     let off = got.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0., f64::max);
-    let first = got
-        .iter()
-        .zip(&expected)
-        .position(|(a, b)| ((a - b).abs() / (norm + 1e-3)).partial_cmp(&tolerance) != Some(std::cmp::Ordering::Less));
+    let first = got.iter().zip(&expected).position(|(a, b)| {
+        // Rounding is relative to the element, sums are to what is usual.
+        ((a - b).abs() / (b.abs() + norm + 1e-3)).partial_cmp(&tolerance) != Some(std::cmp::Ordering::Less)
+    });
     assert!(
         first.is_none(),
         "{what}: off by {off:.3e}, norm {norm:.3e}, first at {first:?} of {}: {:?}, expected {:?}",

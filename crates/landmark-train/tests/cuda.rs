@@ -82,7 +82,8 @@ fn bf16_learns_as_f32_does_and_the_gpu_as_the_cpu() {
     for from in (0..500).step_by(50) {
         let (full, half) = (mean(&full[from..from + 50]), mean(&half[from..from + 50]));
         eprintln!("steps {from}..: f32 {full:.4} bf16 {half:.4}");
-        assert!((full - half).abs() < 0.03 * full.max(0.5), "steps {from}..: f32 {full}, bf16 {half}");
+        // The loss falls by a nat in these steps: a few hundredths are a step or two of delay.
+        assert!((full - half).abs() < 0.05, "steps {from}..: f32 {full}, bf16 {half}");
     }
     let cpu = of(Precision::Float32, &Device::Cpu, 10);
     for (step, (cpu, gpu)) in cpu.iter().zip(&full).enumerate() {

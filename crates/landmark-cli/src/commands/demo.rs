@@ -23,7 +23,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 /// The model that ships with the project.
-const MODEL: &str = "models/landmark-14m";
+const MODEL: &str = "models/landmark-12m";
 /// A book that it has not seen in training; assets/README.md says more.
 const BOOK: &str = "assets/persuasion.txt.zst";
 const TITLE: &str = "Persuasion, by Jane Austen";

@@ -27,7 +27,7 @@ Examples:
   landmark eval --checkpoint exps/books/landmark/run --dataset books
   landmark eval --checkpoint exps/books/landmark/run --dataset books --use_cache --eval_seq_length 4096 \\
     --mid_length 250 --mem_cache_size 80 --cache_topk 4 --plot eval.svg
-  landmark eval --checkpoint models/landmark-14m --file assets/persuasion.txt.zst --use_cache
+  landmark eval --checkpoint models/landmark-12m --file assets/persuasion.txt.zst --use_cache
   landmark eval --grid table1 --landmark_checkpoint exps/books/landmark/run \\
     --dense_checkpoint exps/books/base_rotary/run --dataset books --dataset math
 

@@ -12,9 +12,9 @@ use std::process::ExitCode;
 
 const EXAMPLES: &str = "\
 Examples:
-  landmark generate --checkpoint models/landmark-14m --file assets/persuasion.txt.zst --show_blocks
-  landmark generate --checkpoint models/landmark-14m --prompt 'Anne was' --temperature 0
-  cat chapters/*.txt | landmark generate --checkpoint models/landmark-14m --prompt 'The end of it was' --file -
+  landmark generate --checkpoint models/landmark-12m --file assets/persuasion.txt.zst --show_blocks
+  landmark generate --checkpoint models/landmark-12m --prompt 'Anne was' --temperature 0
+  cat chapters/*.txt | landmark generate --checkpoint models/landmark-12m --prompt 'The end of it was' --file -
 
 The generated text alone goes to standard output, as it is drawn; the context is not repeated.
 Without --file and --prompt the context is read from standard input, unless that is a terminal.

@@ -21,8 +21,8 @@ use std::process::ExitCode;
 
 const EXAMPLES: &str = "\
 Examples:
-  landmark passkey --checkpoint models/landmark-14m --filler assets/persuasion.txt.zst --lengths 2048,8192,32768 --trials 20
-  landmark passkey --checkpoint models/landmark-14m --filler data/books/test.tokens --keys 5 --all_selection_methods \\
+  landmark passkey --checkpoint models/landmark-12m --filler assets/persuasion.txt.zst --lengths 2048,8192,32768 --trials 20
+  landmark passkey --checkpoint models/landmark-12m --filler data/books/test.tokens --keys 5 --all_selection_methods \\
     --without_retrieval --batch_size 64 --max_cache_gb 40 --json passkey.json --plot passkey.svg
 
 A prompt is a task, filler, \"The pass key is N. Remember it. N is the pass key.\", filler, and the
