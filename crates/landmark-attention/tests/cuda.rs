@@ -2,40 +2,20 @@
 //! and check nothing.
 #![cfg(feature = "cuda")]
 
+#[path = "support/gpu.rs"]
+mod gpu;
+#[path = "support/numbers.rs"]
+mod numbers;
+
 use candle_core::{DType, Device, Tensor, Var};
+use gpu::gpu;
 use landmark_attention::{
     Dropout, LandmarkParams, Landmarks, Softmax, landmark_attention, landmark_attention_backward,
     landmark_attention_with_lse, reference,
 };
-
-fn gpu() -> Option<Device> {
-    let device = Device::new_cuda(0);
-    if let Err(error) = &device {
-        // Without candle's backtrace.
-        eprintln!("skipped: no GPU here ({})", error.to_string().lines().next().unwrap_or_default());
-    }
-    device.ok()
-}
-
-/// xorshift64*: the same inputs on every machine.
-struct Numbers(u64);
+use numbers::Numbers;
 
 impl Numbers {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() >> 33) as usize % n
-    }
-
-    fn of<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.below(choices.len())]
-    }
-
     /// About normal: a sum of four uniform numbers.
     fn tensor(&mut self, shape: (usize, usize, usize, usize)) -> Tensor {
         let mut uniform = || (self.next() >> 40) as f32 / (1 << 24) as f32 - 0.5;

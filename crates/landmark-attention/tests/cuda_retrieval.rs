@@ -1,39 +1,20 @@
 //! Retrieval and decoding on GPUs, against plain loops and the CPU's kernels. Where there is no GPU these tests say so and check nothing.
 #![cfg(feature = "cuda")]
 
+#[path = "support/gpu.rs"]
+mod gpu;
+#[path = "support/numbers.rs"]
+mod numbers;
+
 use candle_core::{DType, Device, Tensor};
+use gpu::gpu;
 use landmark_attention::retrieval::{Blocks, Retrieved, Selection, SlotQueries, attend, join, select};
 use landmark_attention::{LandmarkParams, Landmarks, landmark_attention_with_lse};
+use numbers::Numbers;
 
 const SELECTIONS: [Selection; 3] = [Selection::PerTokenAndHead, Selection::MaxOverHeads, Selection::MaxOverTokens];
 
-fn gpu() -> Option<Device> {
-    let device = Device::new_cuda(0);
-    if let Err(error) = &device {
-        eprintln!("skipped: no GPU here ({})", error.to_string().lines().next().unwrap_or_default());
-    }
-    device.ok()
-}
-
-/// xorshift64*: the same inputs on every machine.
-struct Numbers(u64);
-
 impl Numbers {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() >> 33) as usize % n
-    }
-
-    fn of<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.below(choices.len())]
-    }
-
     /// About normal.
     fn tensor(&mut self, shape: &[usize]) -> Tensor {
         let mut uniform = || (self.next() >> 40) as f32 / (1 << 24) as f32 - 0.5;

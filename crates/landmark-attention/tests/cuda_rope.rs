@@ -1,16 +1,12 @@
 //! Rotary position embedding on GPUs against the CPU's. Where there is no GPU these tests say so and check nothing.
 #![cfg(feature = "cuda")]
 
-use candle_core::{DType, Device, Tensor, Var};
-use landmark_attention::{Pairs, Rope};
+#[path = "support/gpu.rs"]
+mod gpu;
 
-fn gpu() -> Option<Device> {
-    let device = Device::new_cuda(0);
-    if let Err(error) = &device {
-        eprintln!("skipped: no GPU here ({})", error.to_string().lines().next().unwrap_or_default());
-    }
-    device.ok()
-}
+use candle_core::{DType, Device, Tensor, Var};
+use gpu::gpu;
+use landmark_attention::{Pairs, Rope};
 
 fn numbers(shape: &[usize], seed: u64) -> Tensor {
     let mut state = seed;

@@ -1,5 +1,9 @@
 //! Keys outside the window: against the reference, against finite differences, and on a GPU against the CPU.
 
+#[cfg(feature = "cuda")]
+#[path = "support/gpu.rs"]
+mod support;
+
 use candle_core::{D, DType, Device, Tensor, Var};
 use landmark_attention::outside::log_sum_exp;
 use landmark_attention::{
@@ -176,15 +180,8 @@ fn what_does_not_fit_is_named() {
 
 #[cfg(feature = "cuda")]
 mod gpu {
+    use super::support::gpu;
     use super::*;
-
-    fn gpu() -> Option<Device> {
-        let device = Device::new_cuda(0);
-        if let Err(error) = &device {
-            eprintln!("skipped: no GPU here ({})", error.to_string().lines().next().unwrap_or_default());
-        }
-        device.ok()
-    }
 
     /// The largest difference as a share of the largest number.
     fn share_off(got: &Tensor, expected: &Tensor) -> f64 {

@@ -24,20 +24,9 @@ pub fn project_heads(x: &Tensor, w: &Tensor, b: Option<&Tensor>, heads: usize) -
 
 fn project<T: Real>(x: &Tensor, w: &Tensor, b: Option<&Tensor>, heads: usize) -> Result<[Tensor; 3]> {
     const OP: &str = "project_heads";
-    let &[batch, time, n_in] = x.dims() else {
-        return Err(Error::Shape {
-            op: OP,
-            tensor: "x",
-            got: x.dims().to_vec(),
-            expected: "[batch, time, width]".into(),
-        });
-    };
-    let n_out = check_weight(OP, "w", w, b, n_in)?;
-    if heads == 0 || n_out % (3 * heads) != 0 || x.elem_count() == 0 {
-        let expected = format!("rows for q, k and v of {heads} heads");
-        return Err(Error::Shape { op: OP, tensor: "w", got: w.dims().to_vec(), expected });
-    }
-    let layout = Layout { batch, heads, time, dim: n_out / (3 * heads) };
+    let layout = Layout::of_projection(OP, x, w, b, heads)?;
+    let Layout { batch, time, dim, .. } = layout;
+    let n_out = 3 * heads * dim;
     let x = x.contiguous()?;
     let tape = Tape::new(OP, &[Some(&x), Some(w), b].into_iter().flatten().collect::<Vec<_>>())?;
     let y_no = affine::<T>(OP, &Elements::of(OP, "x", &x)?, batch * time, w, b)?;
@@ -78,11 +67,8 @@ fn merge<T: Real>(
     dropout: Option<Dropout>,
 ) -> Result<Tensor> {
     const OP: &str = "merge_heads";
-    let &[batch, heads, time, dim] = o.dims() else {
-        let expected = "[batch, heads, time, head_dim]".to_string();
-        return Err(Error::Shape { op: OP, tensor: "o", got: o.dims().to_vec(), expected });
-    };
-    let layout = Layout { batch, heads, time, dim };
+    let layout = Layout::of_heads(OP, o)?;
+    let Layout { batch, heads, time, dim } = layout;
     let (n, n_in) = (batch * time, heads * dim);
     let n_out = check_weight(OP, "w", w, b, n_in)?;
     check_shape(OP, "residual", residual, &[batch, time, n_out])?;
@@ -111,14 +97,37 @@ fn merge<T: Real>(
 
 /// The sizes of `[B, H, T, D]`.
 #[derive(Clone, Copy)]
-struct Layout {
-    batch: usize,
-    heads: usize,
-    time: usize,
-    dim: usize,
+pub(super) struct Layout {
+    pub batch: usize,
+    pub heads: usize,
+    pub time: usize,
+    pub dim: usize,
 }
 
 impl Layout {
+    /// That of the q, k and v of `x` `[B, T, C]` by `w` `[3 H D, C]`.
+    pub fn of_projection(op: &'static str, x: &Tensor, w: &Tensor, b: Option<&Tensor>, heads: usize) -> Result<Self> {
+        let &[batch, time, n_in] = x.dims() else {
+            let expected = "[batch, time, width]".to_string();
+            return Err(Error::Shape { op, tensor: "x", got: x.dims().to_vec(), expected });
+        };
+        let n_out = check_weight(op, "w", w, b, n_in)?;
+        if heads == 0 || n_out % (3 * heads) != 0 || x.elem_count() == 0 {
+            let expected = format!("rows for q, k and v of {heads} heads");
+            return Err(Error::Shape { op, tensor: "w", got: w.dims().to_vec(), expected });
+        }
+        Ok(Self { batch, heads, time, dim: n_out / (3 * heads) })
+    }
+
+    /// That of the heads' outputs `o`.
+    pub fn of_heads(op: &'static str, o: &Tensor) -> Result<Self> {
+        let &[batch, heads, time, dim] = o.dims() else {
+            let expected = "[batch, heads, time, head_dim]".to_string();
+            return Err(Error::Shape { op, tensor: "o", got: o.dims().to_vec(), expected });
+        };
+        Ok(Self { batch, heads, time, dim })
+    }
+
     fn dims(&self) -> [usize; 4] {
         [self.batch, self.heads, self.time, self.dim]
     }

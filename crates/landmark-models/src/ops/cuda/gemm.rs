@@ -8,7 +8,7 @@ use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::cublaslt::{result, sys};
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
 
-use super::{Address, ElementType, keep_memory};
+use super::{Address, ElementType};
 use crate::{Error, Result};
 
 /// A row-major matrix on the device, or its transpose.
@@ -146,7 +146,6 @@ fn alignment(address: Address) -> u32 {
 
 impl Blas {
     fn new(device: &CudaDevice) -> Result<Self> {
-        keep_memory(device)?;
         // SAFETY: a workspace is written before it is read.
         let workspace = unsafe { device.alloc::<u8>(WORKSPACE)? };
         Ok(Self { handle: result::create_handle().map_err(failed)?, workspace, plans: HashMap::new() })

@@ -360,13 +360,5 @@ int landmark_scatter_rows(const float *dy, const uint32_t *places, const uint32_
     return cudaGetLastError();
 }
 
-// A stream's memory stays with the process: by default the driver takes it back at every synchronisation.
-int landmark_keep_memory(int device) {
-    cudaMemPool_t pool;
-    uint64_t all = UINT64_MAX;
-    if (const auto error = cudaDeviceGetDefaultMemPool(&pool, device)) return error;
-    return cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all);
-}
-
 const char *landmark_layers_error(int error) { return cudaGetErrorString((cudaError_t)error); }
 }

@@ -8,6 +8,7 @@ use candle_core::{DType, Tensor};
 use super::gemm::{Matrix, product};
 use super::{Address, CudaStream_, ElementType, Fresh, address, run};
 use crate::ops::elements::{check_shape, ids, rows_and_width};
+use crate::ops::heads::Layout;
 use crate::ops::linear::check_weight;
 use crate::ops::record::{Tape, bridge};
 use crate::ops::{Activation, Dropout, Mlp, NormKind};
@@ -93,22 +94,13 @@ fn affine(op: &'static str, x: &Tensor, w: &Tensor, b: Option<&Tensor>, residual
 /// See [`crate::ops::project_heads`].
 pub fn project_heads(x: &Tensor, w: &Tensor, b: Option<&Tensor>, heads: usize) -> Result<[Tensor; 3]> {
     const OP: &str = "project_heads";
-    let &[batch, time, n_in] = x.dims() else {
-        let expected = "[batch, time, width]".to_string();
-        return Err(Error::Shape { op: OP, tensor: "x", got: x.dims().to_vec(), expected });
-    };
-    let n_out = check_weight(OP, "w", w, b, n_in)?;
-    if heads == 0 || n_out % (3 * heads) != 0 || x.elem_count() == 0 {
-        let expected = format!("rows for q, k and v of {heads} heads");
-        return Err(Error::Shape { op: OP, tensor: "w", got: w.dims().to_vec(), expected });
-    }
+    let layout = Layout::of_projection(OP, x, w, b, heads)?;
     let y = biased(OP, affine(OP, x, w, b, None)?, b)?.contiguous()?;
-    let layout = Layout { batch, heads, time, dim: n_out / (3 * heads) };
     let tape = Tape::new(OP, &[&y])?;
-    let parts = layout.split(OP, &y, 3)?;
+    let parts = layout.split_on_gpu(OP, &y, 3)?;
     let [q, k, v] = parts.try_into().ok().expect("three parts");
     tape.finish([q, k, v].map(Fresh::output), move |grads| {
-        Ok(vec![layout.merge(OP, &grads.iter().map(Option::as_ref).collect::<Vec<_>>())?.tensor()])
+        Ok(vec![layout.merge_on_gpu(OP, &grads.iter().map(Option::as_ref).collect::<Vec<_>>())?.tensor()])
     })
 }
 
@@ -122,16 +114,12 @@ pub fn merge_heads(
 ) -> Result<Tensor> {
     const OP: &str = "merge_heads";
     without_dropout(OP, dropout)?;
-    let &[batch, heads, time, dim] = o.dims() else {
-        let expected = "[batch, heads, time, head_dim]".to_string();
-        return Err(Error::Shape { op: OP, tensor: "o", got: o.dims().to_vec(), expected });
-    };
-    let layout = Layout { batch, heads, time, dim };
+    let layout = Layout::of_heads(OP, o)?;
     let o = o.contiguous()?;
     let tape = Tape::new(OP, &[&o])?;
-    let merged = layout.merge(OP, &[Some(&o)])?;
+    let merged = layout.merge_on_gpu(OP, &[Some(&o)])?;
     let merged = tape.finish_one(merged.output(), move |dy| {
-        let d_o = layout.split(OP, &dy.contiguous()?, 1)?.pop().expect("one part");
+        let d_o = layout.split_on_gpu(OP, &dy.contiguous()?, 1)?.pop().expect("one part");
         Ok(vec![d_o.tensor()])
     })?;
     biased(OP, affine(OP, &merged, w, b, Some(residual))?, b)
@@ -183,18 +171,9 @@ impl Activate {
     }
 }
 
-/// The sizes of `[B, H, T, D]`.
-#[derive(Clone, Copy)]
-struct Layout {
-    batch: usize,
-    heads: usize,
-    time: usize,
-    dim: usize,
-}
-
 impl Layout {
     /// `[B, T, n H D]` to n of `[B, H, T, D]`.
-    fn split(self, op: &'static str, x: &Tensor, n: usize) -> Result<Vec<Fresh>> {
+    fn split_on_gpu(self, op: &'static str, x: &Tensor, n: usize) -> Result<Vec<Fresh>> {
         let Self { batch, heads, time, dim } = self;
         let device = x.device().as_cuda_device()?;
         let parts =
@@ -205,7 +184,7 @@ impl Layout {
     }
 
     /// Parts `[B, H, T, D]` side by side, `[B, T, n H D]`; a part that is not there is zeros.
-    fn merge(self, op: &'static str, parts: &[Option<&Tensor>]) -> Result<Fresh> {
+    fn merge_on_gpu(self, op: &'static str, parts: &[Option<&Tensor>]) -> Result<Fresh> {
         let Self { batch, heads, time, dim } = self;
         let like = parts.iter().flatten().next().expect("one part at least");
         let device = like.device().as_cuda_device()?;

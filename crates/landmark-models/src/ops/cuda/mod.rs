@@ -116,18 +116,9 @@ fn run(op: &'static str, device: &CudaDevice, launch: impl FnOnce(*mut CudaStrea
     }
 }
 
-/// Lets the process keep memory that it frees: by default the driver takes it back whenever the host waits for the device, once a step
-/// at least.
-fn keep_memory(device: &CudaDevice) -> Result<()> {
-    let ordinal = device.cuda_stream().context().ordinal() as c_int;
-    // SAFETY: changes a setting of the device's memory pool.
-    run("the memory pool", device, |_| unsafe { landmark_keep_memory(ordinal) })
-}
-
 /// A stream, to the kernels.
 type CudaStream_ = std::ffi::c_void;
 
 unsafe extern "C" {
-    fn landmark_keep_memory(device: c_int) -> c_int;
     fn landmark_layers_error(code: c_int) -> *const c_char;
 }
