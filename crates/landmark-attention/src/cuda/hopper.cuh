@@ -145,6 +145,27 @@ template <int G> struct InnerSoftmax {
 
     template <bool MASKED, bool REGULAR>
     __device__ __forceinline__ void run(float (&s)[4 * G], const Block &block, const int (&position)[2], float scale) {
+        // The usual lengths of listed blocks have code of their own where no query is masked, the hot case: it leaves out empty groups.
+        if constexpr (REGULAR) {
+            apply<MASKED, 0>(s, block, position, scale);
+        } else if constexpr (MASKED) {
+            apply<MASKED, -1>(s, block, position, scale);
+        } else {
+            switch (slots_before(block, G) / 8) {
+                case 0: apply<MASKED, 0>(s, block, position, scale); break;
+                case 1: apply<MASKED, 1>(s, block, position, scale); break;
+                case 2: apply<MASKED, 2>(s, block, position, scale); break;
+                case 3: apply<MASKED, 3>(s, block, position, scale); break;
+                default: apply<MASKED, -1>(s, block, position, scale);
+            }
+        }
+    }
+
+  private:
+    // FIRST: the group of the first key, or -1 if it may be any.
+    template <bool MASKED, int FIRST>
+    __device__ __forceinline__ void apply(float (&s)[4 * G], const Block &block, const int (&position)[2], float scale) {
+        constexpr int EMPTY = FIRST < 0 ? 0 : FIRST;
         const int lane = threadIdx.x % 32, t = lane % 4, before = slots_before(block, G), first = block.start - before;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -155,7 +176,7 @@ template <int G> struct InnerSoftmax {
 #pragma unroll
         for (int i = 0; i < G; i++) {
             // One branch for the whole warp.
-            if (REGULAR ? i > 0 : 8 * i >= before) continue;
+            if (FIRST < 0 ? 8 * i >= before : i != FIRST) continue;
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 if (8 * i + 2 * t + e % 2 < before) s[4 * i + e] = NEGATIVE_INFINITY;
@@ -164,7 +185,7 @@ template <int G> struct InnerSoftmax {
         for (int r = 0; r < 2; r++) {
             float high = LOWEST;
 #pragma unroll
-            for (int i = 0; i < G; i++) {
+            for (int i = EMPTY; i < G; i++) {
                 float &a = s[4 * i + 2 * r], &b = s[4 * i + 2 * r + 1];
                 const int key = first + 8 * i + 2 * t;
                 if (MASKED && key > position[r]) a = NEGATIVE_INFINITY;
@@ -179,7 +200,9 @@ template <int G> struct InnerSoftmax {
         for (int r = 0; r < 2; r++) {
             float total = 0;
 #pragma unroll
-            for (int i = 0; i < G; i++)
+            for (int i = 0; i < EMPTY; i++) s[4 * i + 2 * r] = s[4 * i + 2 * r + 1] = 0;
+#pragma unroll
+            for (int i = EMPTY; i < G; i++)
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float &score = s[4 * i + 2 * r + e];
