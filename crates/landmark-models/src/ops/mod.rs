@@ -29,7 +29,7 @@ pub use heads::{merge_heads, project_heads};
 pub use linear::linear;
 pub use mlp::{Activation, Mlp, mlp};
 pub use norm::{NormKind, norm};
-pub use record::{Gradients, Recording};
+pub use record::{Gradients, Recording, Rounded};
 
 pub(crate) use dropout::mix64;
 pub(crate) use elements::ids;

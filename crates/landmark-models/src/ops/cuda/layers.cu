@@ -1,139 +1,9 @@
-// The layers but for their matrix products: normalisation, heads, activations, embedding. Every sum is in an order that the shapes
+// The layers but for their matrix products and normalisation: heads, activations, embedding. Every sum is in an order that the shapes
 // alone fix. Legend: B batch, T time, H heads, D head_dim; N = B T.
 
 #include "common.cuh"
 
 namespace {
-
-// ---- normalisation ----------------------------------------------------------------------------------------------------------
-
-// Elements of a row that a lane takes at once: column = lane * V + i * 32 * V.
-constexpr int V = 4;
-constexpr float EPS = 1e-5f;
-
-// f(column, V elements' worth of columns) over the columns of a lane. Widths that V does not divide are taken one by one.
-#define FOR_COLUMNS(c, width) for (int c = (threadIdx.x % WARP) * V; c < (width); c += WARP * V)
-
-template <typename T> struct Row {
-    const T *x;
-    int width;
-    bool whole; // V divides the width
-
-    __device__ void at(int c, float (&to)[V]) const {
-        if (whole) return load<V>(to, x + c);
-#pragma unroll
-        for (int i = 0; i < V; i++) to[i] = c + i < width ? to_float(x[c + i]) : 0.f;
-    }
-};
-
-template <typename T> __device__ void put(T *y, int width, bool whole, int c, const float (&from)[V]) {
-    if (whole) return store<V>(y + c, from);
-#pragma unroll
-    for (int i = 0; i < V; i++)
-        if (c + i < width) from_float(y[c + i], from[i]);
-}
-
-// A warp per row. stats: mean and 1 / sqrt(variance + eps) of each row.
-template <typename X, typename Y>
-__global__ void norm_forward(const X *x, const float *w, const float *b, Y *y, float2 *stats, int rows, int width, bool centred) {
-    const int row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
-    if (row >= rows) return;
-    const bool whole = width % V == 0;
-    const Row<X> in{x + (int64_t)row * width, width, whole};
-    float v[V], scale[V], shift[V], mean = 0.f;
-    if (centred) {
-        FOR_COLUMNS(c, width) {
-            in.at(c, v);
-            mean += (v[0] + v[1]) + (v[2] + v[3]);
-        }
-        mean = warp_sum(mean) / width;
-    }
-    float squares = 0.f;
-    FOR_COLUMNS(c, width) {
-        in.at(c, v);
-#pragma unroll
-        for (int i = 0; i < V; i++) squares += c + i < width ? (v[i] - mean) * (v[i] - mean) : 0.f;
-    }
-    const float rstd = rsqrtf(warp_sum(squares) / width + EPS);
-    if (threadIdx.x % WARP == 0) stats[row] = make_float2(mean, rstd);
-    const Row<float> weight{w, width, whole}, bias{b, width, whole};
-    FOR_COLUMNS(c, width) {
-        in.at(c, v);
-        weight.at(c, scale);
-        if (b) bias.at(c, shift);
-#pragma unroll
-        for (int i = 0; i < V; i++) v[i] = (v[i] - mean) * rstd * scale[i] + (b ? shift[i] : 0.f);
-        put(y + (int64_t)row * width, width, whole, c, v);
-    }
-}
-
-// With xhat = (x - mean) rstd and g = dy w: dx = rstd (g - mean(g) - xhat mean(g xhat)), without mean(g) if not centred, plus `added` if there is any. Each warp keeps
-// its part of dw = sum of dy xhat and db = sum of dy in shared memory, where its lanes have columns of their own; a block's parts
-// go to partial [gridDim.x][1 or 2][width].
-template <typename X, typename Y>
-__global__ void norm_backward(const Y *dy, const X *x, const float *w, const float2 *stats, const X *added, X *dx, float *partial, int rows,
-                              int width, bool centred, bool biased) {
-    extern __shared__ float shared[];
-    const int warps = blockDim.x / WARP, warp = threadIdx.x / WARP, kept = (biased ? 2 : 1) * width;
-    const bool whole = width % V == 0;
-    float *dw = shared + warp * kept, *db = dw + width;
-    for (int i = threadIdx.x; i < warps * kept; i += blockDim.x) shared[i] = 0.f;
-    __syncthreads();
-    const Row<float> weight{w, width, whole};
-    for (int row = blockIdx.x * warps + warp; row < rows; row += gridDim.x * warps) {
-        const Row<X> in{x + (int64_t)row * width, width, whole};
-        const Row<Y> grad{dy + (int64_t)row * width, width, whole};
-        const float mean = stats[row].x, rstd = stats[row].y;
-        float v[V], g[V], s[V], sum_g = 0.f, sum_gx = 0.f;
-        FOR_COLUMNS(c, width) {
-            in.at(c, v), grad.at(c, g), weight.at(c, s);
-#pragma unroll
-            for (int i = 0; i < V; i++) {
-                if (c + i >= width) break;
-                const float xhat = (v[i] - mean) * rstd;
-                dw[c + i] += g[i] * xhat;
-                if (biased) db[c + i] += g[i];
-                sum_g += g[i] * s[i];
-                sum_gx += g[i] * s[i] * xhat;
-            }
-        }
-        const float mean_g = centred ? warp_sum(sum_g) / width : 0.f, mean_gx = warp_sum(sum_gx) / width;
-        FOR_COLUMNS(c, width) {
-            in.at(c, v), grad.at(c, g), weight.at(c, s);
-#pragma unroll
-            for (int i = 0; i < V; i++) v[i] = rstd * (g[i] * s[i] - mean_g - (v[i] - mean) * rstd * mean_gx);
-            if (added) {
-                Row<X>{added + (int64_t)row * width, width, whole}.at(c, g);
-#pragma unroll
-                for (int i = 0; i < V; i++) v[i] += g[i];
-            }
-            put(dx + (int64_t)row * width, width, whole, c, v);
-        }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < kept; i += blockDim.x) {
-        float sum = 0.f;
-        for (int w = 0; w < warps; w++) sum += shared[w * kept + i];
-        partial[(int64_t)blockIdx.x * kept + i] = sum;
-    }
-}
-
-// out[c] = sum over parts of partial[part][c]: 8 threads a column, each a run of the parts in order.
-__global__ void sum_parts(const float *partial, float *out, int parts, int width) {
-    constexpr int SPLIT = 8;
-    __shared__ float sums[SPLIT][WARP];
-    const int c = blockIdx.x * WARP + threadIdx.x, run = (parts + SPLIT - 1) / SPLIT;
-    float sum = 0.f;
-    if (c < width)
-        for (int p = threadIdx.y * run; p < min(parts, (int)(threadIdx.y + 1) * run); p++) sum += partial[(int64_t)p * width + c];
-    sums[threadIdx.y][threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.y == 0 && c < width) {
-        sum = 0.f;
-        for (int s = 0; s < SPLIT; s++) sum += sums[s][threadIdx.x];
-        out[c] = sum;
-    }
-}
 
 // ---- heads ------------------------------------------------------------------------------------------------------------------
 
@@ -233,40 +103,17 @@ __global__ void sum_pieces(const float *dy, const uint32_t *places, const uint32
     }
 }
 
-// dw[id] = sum over the pieces of a token, which are side by side.
+// dw[id] += sum over the pieces of a token, which are side by side.
 __global__ void scatter_pieces(const float *sums, const uint32_t *ids, const uint32_t *starts, float *dw, int width) {
     const uint32_t from = starts[blockIdx.x], to = starts[blockIdx.x + 1];
     for (int c = threadIdx.x; c < width; c += blockDim.x) {
         float sum = 0.f;
         for (uint32_t p = from; p < to; p++) sum += sums[(int64_t)p * width + c];
-        dw[(int64_t)ids[blockIdx.x] * width + c] = sum;
+        dw[(int64_t)ids[blockIdx.x] * width + c] += sum;
     }
 }
 
 constexpr int THREADS = 256;
-
-template <typename X, typename Y>
-void launch_norm_forward(const void *x, const float *w, const float *b, void *y, float *stats, int rows, int width, bool centred,
-                         cudaStream_t stream) {
-    norm_forward<<<blocks_for(rows, THREADS / WARP), THREADS, 0, stream>>>((const X *)x, w, b, (Y *)y, (float2 *)stats, rows, width,
-                                                                          centred);
-}
-
-template <typename X, typename Y>
-cudaError_t launch_norm_backward(const void *dy, const void *x, const float *w, const float *stats, const void *added, void *dx, float *partial,
-                                 float *sums, int parts, int rows, int width, bool centred, bool biased, cudaStream_t stream) {
-    const int kept = (biased ? 2 : 1) * width, bytes = kept * sizeof(float);
-    int warps = THREADS / WARP;
-    while (warps > 1 && warps * bytes > 48 * 1024) warps /= 2;
-    if (warps * bytes > 48 * 1024) {
-        const auto error = cudaFuncSetAttribute(norm_backward<X, Y>, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * bytes);
-        if (error != cudaSuccess) return error;
-    }
-    norm_backward<<<parts, warps * WARP, warps * bytes, stream>>>((const Y *)dy, (const X *)x, w, (const float2 *)stats, (const X *)added, (X *)dx,
-                                                                  partial, rows, width, centred, biased);
-    sum_parts<<<blocks_for(kept, WARP), dim3(WARP, 8), 0, stream>>>(partial, sums, parts, kept);
-    return cudaSuccess;
-}
 
 template <typename W>
 void launch_heads(bool split, void *whole, void *const parts[3], int n, Heads sizes, cudaStream_t stream) {
@@ -296,34 +143,6 @@ void launch_activation(bool gated, const void *x, const void *dy, void *out, int
 
 extern "C" {
 
-// x, y: of x_type and y_type, of which y's is x's or bf16. stats: 2 floats a row.
-int landmark_norm_forward(const void *x, int x_type, const float *w, const float *b, void *y, int y_type, float *stats, int rows,
-                          int width, int centred, cudaStream_t stream) {
-    if (x_type == F32 && y_type == F32)
-        launch_norm_forward<float, float>(x, w, b, y, stats, rows, width, centred, stream);
-    else if (x_type == F32)
-        launch_norm_forward<float, __nv_bfloat16>(x, w, b, y, stats, rows, width, centred, stream);
-    else
-        launch_norm_forward<__nv_bfloat16, __nv_bfloat16>(x, w, b, y, stats, rows, width, centred, stream);
-    return cudaGetLastError();
-}
-
-// sums: dw, then db if biased. partial: parts times that.
-int landmark_norm_backward(const void *dy, int y_type, const void *x, int x_type, const float *w, const float *stats, const void *added, void *dx,
-                           float *partial, float *sums, int parts, int rows, int width, int centred, int biased,
-                           cudaStream_t stream) {
-    cudaError_t error;
-    if (x_type == F32 && y_type == F32)
-        error = launch_norm_backward<float, float>(dy, x, w, stats, added, dx, partial, sums, parts, rows, width, centred, biased, stream);
-    else if (x_type == F32)
-        error = launch_norm_backward<float, __nv_bfloat16>(dy, x, w, stats, added, dx, partial, sums, parts, rows, width, centred, biased,
-                                                           stream);
-    else
-        error = launch_norm_backward<__nv_bfloat16, __nv_bfloat16>(dy, x, w, stats, added, dx, partial, sums, parts, rows, width, centred,
-                                                                   biased, stream);
-    return error ? error : cudaGetLastError();
-}
-
 // Between whole [N, n, H, D] and n parts [B, H, T, D] (null: zeros, when merging), elements of `bytes`.
 int landmark_heads(int split, void *whole, void *part0, void *part1, void *part2, int n, int64_t batch, int64_t heads, int64_t time,
                    int64_t dim, int bytes, cudaStream_t stream) {
@@ -352,7 +171,7 @@ int landmark_gather_rows(const float *w, const uint32_t *ids, float *y, int n, i
 }
 
 // places [n] sorted by token; piece p is places[piece_starts[p]..piece_starts[p + 1]]; token t has the pieces token_starts[t]..
-// token_starts[t + 1]. dw holds zeros.
+// token_starts[t + 1]. The sums are added to dw.
 int landmark_scatter_rows(const float *dy, const uint32_t *places, const uint32_t *piece_starts, int pieces, const uint32_t *ids,
                           const uint32_t *token_starts, int tokens, float *sums, float *dw, int width, cudaStream_t stream) {
     sum_pieces<<<pieces, THREADS, 0, stream>>>(dy, places, piece_starts, sums, width);

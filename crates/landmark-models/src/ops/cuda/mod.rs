@@ -5,13 +5,15 @@
 //! autocast differs in one place: it rounds to bf16 before it adds to the residual stream.
 //!
 //! - `gemm`: matrix products, by cuBLASLt;
-//! - `layers`: the operations of a layer and the embedding, `layers.cu` its kernels;
+//! - `norm`: normalisation, `norm.cu` its kernels;
+//! - `layers`: the other operations of a layer and the embedding, `layers.cu` its kernels;
 //! - `loss`: the cross entropy, `loss.cu` its kernels;
 //! - this file: memory that kernels read and write.
 
 mod gemm;
 mod layers;
 mod loss;
+mod norm;
 
 use std::ffi::{CStr, c_char, c_int};
 
@@ -24,8 +26,9 @@ use candle_core::{CudaStorage, DType, Shape, Storage, Tensor};
 use super::record::Output;
 use crate::{Error, Result};
 
-pub use layers::{embedding, linear, merge_heads, mlp, norm, project_heads};
+pub use layers::{embedding, linear, merge_heads, mlp, project_heads};
 pub use loss::{cross_entropy, token_scores};
+pub use norm::norm;
 
 /// An address on a GPU.
 type Address = u64;
@@ -53,15 +56,20 @@ impl ElementType {
 /// Reads and writes through it are in the order of the device's one stream, on which the tensor's memory is freed as well: it is valid
 /// for every kernel that is launched while the tensor lives.
 fn address(op: &'static str, tensor: &'static str, x: &Tensor) -> Result<Address> {
+    if !x.is_contiguous() {
+        let got = format!("strided {:?}", x.stride());
+        return Err(Error::Value { op, name: tensor, got, expected: "contiguous".into() });
+    }
+    start(op, tensor, x)
+}
+
+/// The address of the first element of a tensor on a GPU, whose other elements are where its strides say; valid as [`address`] is.
+fn start(op: &'static str, tensor: &'static str, x: &Tensor) -> Result<Address> {
     let (storage, layout) = x.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else {
         return Err(Error::Device { op, tensor, got: format!("{:?}", x.device().location()) });
     };
-    let Some((start, _)) = layout.contiguous_offsets() else {
-        let got = format!("strided {:?}", layout.stride());
-        return Err(Error::Value { op, name: tensor, got, expected: "contiguous".into() });
-    };
-    Ok(storage_address(storage) + (start * x.dtype().size_in_bytes()) as u64)
+    Ok(storage_address(storage) + (layout.start_offset() * x.dtype().size_in_bytes()) as u64)
 }
 
 fn storage_address(storage: &CudaStorage) -> Address {
