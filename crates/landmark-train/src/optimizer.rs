@@ -128,8 +128,7 @@ impl Optimizer {
     pub fn accumulate(&self, gradients: &mut Gradients, store: &mut ops::Gradients) -> Result<()> {
         #[cfg(feature = "cuda")]
         if let Some(gpu) = &self.gpu {
-            let new =
-                self.slots.iter().map(|slot| store.remove(&slot.var).map(crate::cuda::aligned).transpose());
+            let new = self.slots.iter().map(|slot| store.remove(&slot.var).map(crate::cuda::aligned).transpose());
             let new = new.collect::<candle_core::Result<Vec<_>>>()?;
             let pairs: Vec<_> = gradients.0.iter().zip(&new).map(|(sum, new)| sum.as_ref().zip(new.as_ref())).collect();
             if pairs.iter().any(Option::is_some) {

@@ -55,7 +55,8 @@ impl Trainer {
     pub fn new(settings: &Settings, model: Gpt) -> Result<Self> {
         settings.check()?;
         #[cfg_attr(not(feature = "cuda"), allow(unused_mut))]
-        let mut optimizer = Optimizer::new(model.parameters(), settings.opt, settings.weight_decay, settings.grad_clip)?;
+        let mut optimizer =
+            Optimizer::new(model.parameters(), settings.opt, settings.weight_decay, settings.grad_clip)?;
         #[cfg(feature = "cuda")]
         if model.activations() == DType::BF16 {
             optimizer.keep_rounded()?;

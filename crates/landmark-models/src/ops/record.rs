@@ -111,7 +111,7 @@ thread_local! {
 #[derive(Default)]
 struct Recorded {
     nodes: Vec<Node>,
-    /// Results of bridges.
+    /// Results that are no variables to candle.
     bridged: HashSet<TensorId>,
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     rounded: Rounded,
@@ -197,7 +197,7 @@ pub(crate) fn bridge<const N: usize>(
         let of = |input: &Tensor| Ok(gradients.remove(input).map_or_else(|| input.zeros_like(), Ok)?.into());
         inputs.iter().map(of).collect()
     });
-    push(ids.to_vec(), &detached, backward);
+    push(ids.to_vec(), std::slice::from_ref(&detached), backward);
     Ok(detached)
 }
 
@@ -211,19 +211,41 @@ pub(crate) fn attend(attention: &mut dyn Attend, layer: usize, qkv: [&Tensor; 3]
                 let gradient = gradients.pop().flatten().expect("a node is reached through its only result");
                 Ok(backward(&gradient.whole)?.map(Gradient::from).into())
             });
-            push(ids.to_vec(), &out, backward);
+            push(ids.to_vec(), std::slice::from_ref(&out), backward);
             return Ok(out);
         }
     }
     bridge(qkv, |[q, k, v]| attention.attend(layer, q, k, v)?.to_dtype(dtype))
 }
 
-/// Records what gave `out`, which is no variable to candle.
-fn push(inputs: Vec<Option<TensorId>>, out: &Tensor, backward: Backward) {
+/// Parts of x that `cut` makes without moving anything. For a recording `backward` makes the gradient of x of theirs, `None` for one that the
+/// loss does not depend on.
+#[cfg(feature = "cuda")]
+pub(crate) fn parts<const N: usize>(
+    x: &Tensor,
+    cut: impl FnOnce(&Tensor) -> candle_core::Result<[Tensor; N]>,
+    backward: impl Fn(Vec<Option<Tensor>>) -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<[Tensor; N]> {
+    let id = wanted(x);
+    if id.is_none() {
+        return Ok(cut(x)?);
+    }
+    let parts = cut(&x.detach())?;
+    let backward: Backward = Box::new(move |gradients| {
+        let gradients = gradients.into_iter().map(|gradient| gradient.map(|gradient| gradient.whole)).collect();
+        Ok(vec![backward(gradients)?.into()])
+    });
+    push(vec![id], &parts, backward);
+    Ok(parts)
+}
+
+/// Records what gave `outputs`, which are no variables to candle.
+fn push(inputs: Vec<Option<TensorId>>, outputs: &[Tensor], backward: Backward) {
     RECORDED.with_borrow_mut(|recorded| {
         let recorded = recorded.as_mut().expect("a recording wants these gradients");
-        recorded.bridged.insert(out.id());
-        recorded.nodes.push(Node { inputs, outputs: vec![out.id()], backward, adds: false });
+        let outputs: Vec<_> = outputs.iter().map(Tensor::id).collect();
+        recorded.bridged.extend(&outputs);
+        recorded.nodes.push(Node { inputs, outputs, backward, adds: false });
     });
 }
 

@@ -11,16 +11,6 @@ struct Heads {
     int64_t batch, heads, time, dim; // dim in elements of W, of which a head's row has this many
 };
 
-// [N, parts, H, D] to parts x [B, H, T, D].
-template <typename W> __global__ void split_heads(const W *x, W *part0, W *part1, W *part2, int parts, Heads s) {
-    const int64_t of_part = s.batch * s.heads * s.time * s.dim, i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= parts * of_part) return;
-    const int64_t part = i / of_part, j = i % of_part;
-    const int64_t c = j % s.dim, t = j / s.dim % s.time, h = j / (s.dim * s.time) % s.heads, b = j / (s.dim * s.time * s.heads);
-    W *out = part == 0 ? part0 : part == 1 ? part1 : part2;
-    out[j] = x[(((b * s.time + t) * parts + part) * s.heads + h) * s.dim + c];
-}
-
 // Parts [B, H, T, D], zero where there is none, to [N, parts, H, D].
 template <typename W> __global__ void merge_heads(const W *part0, const W *part1, const W *part2, W *y, int parts, Heads s) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -115,14 +105,10 @@ __global__ void scatter_pieces(const float *sums, const uint32_t *ids, const uin
 
 constexpr int THREADS = 256;
 
-template <typename W>
-void launch_heads(bool split, void *whole, void *const parts[3], int n, Heads sizes, cudaStream_t stream) {
+template <typename W> void launch_merge(void *whole, void *const parts[3], int n, Heads sizes, cudaStream_t stream) {
     const int64_t all = n * sizes.batch * sizes.heads * sizes.time * sizes.dim;
-    const int blocks = blocks_for(all, THREADS);
-    if (split)
-        split_heads<<<blocks, THREADS, 0, stream>>>((const W *)whole, (W *)parts[0], (W *)parts[1], (W *)parts[2], n, sizes);
-    else
-        merge_heads<<<blocks, THREADS, 0, stream>>>((const W *)parts[0], (const W *)parts[1], (const W *)parts[2], (W *)whole, n, sizes);
+    merge_heads<<<blocks_for(all, THREADS), THREADS, 0, stream>>>((const W *)parts[0], (const W *)parts[1], (const W *)parts[2],
+                                                                  (W *)whole, n, sizes);
 }
 
 template <typename T>
@@ -143,16 +129,16 @@ void launch_activation(bool gated, const void *x, const void *dy, void *out, int
 
 extern "C" {
 
-// Between whole [N, n, H, D] and n parts [B, H, T, D] (null: zeros, when merging), elements of `bytes`.
-int landmark_heads(int split, void *whole, void *part0, void *part1, void *part2, int n, int64_t batch, int64_t heads, int64_t time,
-                   int64_t dim, int bytes, cudaStream_t stream) {
+// n parts [B, H, T, D] (null: zeros) to whole [N, n, H, D], elements of `bytes`.
+int landmark_merge_heads(void *whole, void *part0, void *part1, void *part2, int n, int64_t batch, int64_t heads, int64_t time, int64_t dim,
+                         int bytes, cudaStream_t stream) {
     void *parts[3] = {part0, part1, part2};
     if (dim * bytes % 16 == 0)
-        launch_heads<uint4>(split, whole, parts, n, Heads{batch, heads, time, dim * bytes / 16}, stream);
+        launch_merge<uint4>(whole, parts, n, Heads{batch, heads, time, dim * bytes / 16}, stream);
     else if (bytes == 4)
-        launch_heads<uint32_t>(split, whole, parts, n, Heads{batch, heads, time, dim}, stream);
+        launch_merge<uint32_t>(whole, parts, n, Heads{batch, heads, time, dim}, stream);
     else
-        launch_heads<uint16_t>(split, whole, parts, n, Heads{batch, heads, time, dim}, stream);
+        launch_merge<uint16_t>(whole, parts, n, Heads{batch, heads, time, dim}, stream);
     return cudaGetLastError();
 }
 

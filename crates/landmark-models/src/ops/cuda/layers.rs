@@ -10,7 +10,7 @@ use super::{Address, CudaStream_, ElementType, Fresh, address, run};
 use crate::ops::elements::{check_shape, ids, rows_and_width};
 use crate::ops::heads::Layout;
 use crate::ops::linear::check_weight;
-use crate::ops::record::{Gradient, Tape, bridge, in_type};
+use crate::ops::record::{Gradient, Tape, bridge, in_type, parts};
 use crate::ops::{Activation, Dropout, Mlp};
 use crate::{Error, Result};
 
@@ -94,11 +94,11 @@ pub fn project_heads(x: &Tensor, w: &Tensor, b: Option<&Tensor>, heads: usize) -
     const OP: &str = "project_heads";
     let layout = Layout::of_projection(OP, x, w, b, heads)?;
     let y = biased(OP, affine(OP, x, w, b, None)?, b)?.contiguous()?;
-    let tape = Tape::new(OP, &[&y])?;
-    let parts = layout.split_on_gpu(OP, &y, 3)?;
-    let [q, k, v] = parts.try_into().ok().expect("three parts");
-    tape.finish([q, k, v].map(Fresh::output), move |grads| {
-        Ok(vec![layout.merge_on_gpu(OP, &grads.iter().map(Option::as_ref).collect::<Vec<_>>())?.tensor()])
+    let cut = |y: &Tensor| Ok([layout.view(y, 0)?, layout.view(y, 1)?, layout.view(y, 2)?]);
+    parts(&y, cut, move |grads| {
+        let grads = grads.iter().map(|grad| grad.as_ref().map(Tensor::contiguous).transpose());
+        let grads = grads.collect::<candle_core::Result<Vec<_>>>()?;
+        Ok(layout.merge_on_gpu(OP, &grads.iter().map(Option::as_ref).collect::<Vec<_>>())?.tensor())
     })
 }
 
@@ -116,10 +116,7 @@ pub fn merge_heads(
     let o = o.contiguous()?;
     let tape = Tape::new(OP, &[&o])?;
     let merged = layout.merge_on_gpu(OP, &[Some(&o)])?;
-    let merged = tape.finish_one(merged.output(), move |dy| {
-        let d_o = layout.split_on_gpu(OP, &dy.contiguous()?, 1)?.pop().expect("one part");
-        Ok(vec![d_o.tensor()])
-    })?;
+    let merged = tape.finish_one(merged.output(), move |dy| Ok(vec![layout.view(&dy.contiguous()?, 0)?]))?;
     biased(OP, affine(OP, &merged, w, b, Some(residual))?, b)
 }
 
@@ -170,15 +167,10 @@ impl Activate {
 }
 
 impl Layout {
-    /// `[B, T, n H D]` to n of `[B, H, T, D]`.
-    fn split_on_gpu(self, op: &'static str, x: &Tensor, n: usize) -> Result<Vec<Fresh>> {
+    /// Part i of those that lie side by side in `x` `[B, T, n H D]`, as `[B, H, T, D]`; nothing moves.
+    fn view(self, x: &Tensor, i: usize) -> candle_core::Result<Tensor> {
         let Self { batch, heads, time, dim } = self;
-        let device = x.device().as_cuda_device()?;
-        let parts =
-            (0..n).map(|_| Fresh::new(device, (batch, heads, time, dim), x.dtype())).collect::<Result<Vec<_>>>()?;
-        let part = |i: usize| parts.get(i).map_or(0, |part| part.address);
-        self.launch(op, true, address(op, "x", x)?, [part(0), part(1), part(2)], n, x)?;
-        Ok(parts)
+        x.reshape((batch, time, (), heads, dim))?.get_on_dim(2, i)?.transpose(1, 2)
     }
 
     /// Parts `[B, H, T, D]` side by side, `[B, T, n H D]`; a part that is not there is zeros.
@@ -191,26 +183,15 @@ impl Layout {
             Some(Some(part)) => address(op, "grad", part),
             _ => Ok(0),
         };
-        self.launch(op, false, whole.address, [part(0)?, part(1)?, part(2)?], parts.len(), like)?;
-        Ok(whole)
-    }
-
-    fn launch(
-        self,
-        op: &'static str,
-        split: bool,
-        whole: Address,
-        [a, b, c]: [Address; 3],
-        n: usize,
-        like: &Tensor,
-    ) -> Result<()> {
-        let [batch, heads, time, dim] = [self.batch, self.heads, self.time, self.dim].map(|size| size as i64);
+        let (a, b, c, n) = (part(0)?, part(1)?, part(2)?, parts.len() as c_int);
+        let [batch, heads, time, dim] = [batch, heads, time, dim].map(|size| size as i64);
         let bytes = like.dtype().size_in_bytes() as c_int;
         ElementType::of(op, "x", like.dtype())?;
-        run(op, like.device().as_cuda_device()?, |stream| {
+        run(op, device, |stream| {
             // SAFETY: live contiguous allocations of these sizes.
-            unsafe { landmark_heads(split.into(), whole, a, b, c, n as c_int, batch, heads, time, dim, bytes, stream) }
-        })
+            unsafe { landmark_merge_heads(whole.address, a, b, c, n, batch, heads, time, dim, bytes, stream) }
+        })?;
+        Ok(whole)
     }
 }
 
@@ -326,8 +307,7 @@ impl Pieces {
 }
 
 unsafe extern "C" {
-    fn landmark_heads(
-        split: c_int,
+    fn landmark_merge_heads(
         whole: Address,
         part0: Address,
         part1: Address,

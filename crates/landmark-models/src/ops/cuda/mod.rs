@@ -4,7 +4,7 @@
 //! bf16 and sum in f32; what they give, but for what goes onto the residual stream, is rounded to bf16, as are the logits. PyTorch's
 //! autocast differs in one place: it rounds to bf16 before it adds to the residual stream.
 //!
-//! - `gemm`: matrix products, by cuBLASLt;
+//! - `gemm`: matrix products, by cuBLASLt; `tune` chooses its algorithms;
 //! - `norm`: normalisation, `norm.cu` its kernels;
 //! - `layers`: the other operations of a layer and the embedding, `layers.cu` its kernels;
 //! - `loss`: the cross entropy, `loss.cu` its kernels;
@@ -14,6 +14,7 @@ mod gemm;
 mod layers;
 mod loss;
 mod norm;
+mod tune;
 
 use std::ffi::{CStr, c_char, c_int};
 
@@ -48,6 +49,17 @@ impl ElementType {
             DType::BF16 => Ok(Self::Bf16),
             got => Err(Error::DType { op, tensor, got, expected: "f32 or bf16 on a GPU".into() }),
         }
+    }
+
+    fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+
+    fn bytes(self) -> usize {
+        self.dtype().size_in_bytes()
     }
 }
 
