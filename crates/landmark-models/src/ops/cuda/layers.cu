@@ -8,48 +8,62 @@ namespace {
 // ---- heads ------------------------------------------------------------------------------------------------------------------
 
 struct Heads {
-    int64_t batch, heads, time, dim; // dim in elements of W, of which a head's row has this many
+    int batch, heads, time, dim; // dim in elements of W, of which a head's row has this many
 };
 
-// Parts [B, H, T, D], zero where there is none, to [N, parts, H, D].
+// Parts [B, H, T, D], zero where there is none, to [N, parts, H, D]. A thread moves elements of one place in the heads of `STEPS` tokens.
+constexpr int STEPS = 4;
 template <typename W> __global__ void merge_heads(const W *part0, const W *part1, const W *part2, W *y, int parts, Heads s) {
-    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= parts * s.batch * s.heads * s.time * s.dim) return;
-    const int64_t c = i % s.dim, h = i / s.dim % s.heads, part = i / (s.dim * s.heads) % parts, n = i / (s.dim * s.heads * parts);
-    const int64_t b = n / s.time, t = n % s.time;
+    const int width = s.heads * s.dim, column = blockIdx.x * blockDim.x + threadIdx.x, b = blockIdx.z;
+    if (column >= parts * width) return;
+    const int part = column / width, h = column % width / s.dim, c = column % s.dim;
     const W *in = part == 0 ? part0 : part == 1 ? part1 : part2;
-    y[i] = in ? in[((b * s.heads + h) * s.time + t) * s.dim + c] : W{};
+    if (in) in += (int64_t)(b * s.heads + h) * s.time * s.dim + c;
+    y += (int64_t)b * s.time * parts * width + column;
+    const int from = blockIdx.y * STEPS;
+#pragma unroll
+    for (int i = 0; i < STEPS; i++)
+        if (const int t = from + i; t < s.time) y[(int64_t)t * parts * width] = in ? in[(int64_t)t * s.dim] : W{};
 }
 
 // ---- activations ------------------------------------------------------------------------------------------------------------
 
-constexpr int A = 4;
-
-__device__ __forceinline__ float cdf(float x) { return 0.5f * (1.f + erff(x * 0.70710678118654752f)); }
+// The normal distribution, e to the minus half x^2 at hand: erfc(z) = t (a1 + a2 t + ... a5 t^4) e^(-z^2) for t = 1 / (1 + p z) and z >= 0, off
+// by 1.5e-7 at most (Abramowitz and Stegun, 7.1.26): some units in the last place of f32, for half of erff's instructions.
+__device__ __forceinline__ float cdf(float x, float e) {
+    const float t = __fdividef(1.f, 1.f + 0.3275911f * 0.70710678118654752f * fabsf(x));
+    const float poly = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    const float upper = 0.5f * poly * e;
+    return x < 0.f ? upper : 1.f - upper;
+}
+__device__ __forceinline__ float bell(float x) { return __expf(-0.5f * x * x); }
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
 
-template <typename T> __global__ void gelu_forward(const T *x, T *y, int64_t packs) {
+template <typename T, int A> __global__ void gelu_forward(const T *x, T *y, int64_t packs) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= packs) return;
     float v[A];
     load<A>(v, x + i * A);
 #pragma unroll
-    for (int j = 0; j < A; j++) v[j] *= cdf(v[j]);
+    for (int j = 0; j < A; j++) v[j] *= cdf(v[j], bell(v[j]));
     store<A>(y + i * A, v);
 }
 
-template <typename T> __global__ void gelu_backward(const T *x, const T *dy, T *dx, int64_t packs) {
+template <typename T, int A> __global__ void gelu_backward(const T *x, const T *dy, T *dx, int64_t packs) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= packs) return;
     float v[A], g[A];
     load<A>(v, x + i * A), load<A>(g, dy + i * A);
 #pragma unroll
-    for (int j = 0; j < A; j++) g[j] *= cdf(v[j]) + v[j] * 0.39894228040143268f * __expf(-0.5f * v[j] * v[j]);
+    for (int j = 0; j < A; j++) {
+        const float e = bell(v[j]);
+        g[j] *= cdf(v[j], e) + v[j] * 0.39894228040143268f * e;
+    }
     store<A>(dx + i * A, g);
 }
 
 // x [N, 2 width]: gate, then up.
-template <typename T> __global__ void swiglu_forward(const T *x, T *y, int64_t packs, int width) {
+template <typename T, int A> __global__ void swiglu_forward(const T *x, T *y, int64_t packs, int width) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= packs) return;
     const int64_t row = i * A / width, c = i * A % width;
@@ -60,7 +74,7 @@ template <typename T> __global__ void swiglu_forward(const T *x, T *y, int64_t p
     store<A>(y + i * A, up);
 }
 
-template <typename T> __global__ void swiglu_backward(const T *x, const T *dy, T *dx, int64_t packs, int width) {
+template <typename T, int A> __global__ void swiglu_backward(const T *x, const T *dy, T *dx, int64_t packs, int width) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= packs) return;
     const int64_t row = i * A / width, c = i * A % width, at = row * 2 * width + c;
@@ -105,24 +119,24 @@ __global__ void scatter_pieces(const float *sums, const uint32_t *ids, const uin
 
 constexpr int THREADS = 256;
 
-template <typename W> void launch_merge(void *whole, void *const parts[3], int n, Heads sizes, cudaStream_t stream) {
-    const int64_t all = n * sizes.batch * sizes.heads * sizes.time * sizes.dim;
-    merge_heads<<<blocks_for(all, THREADS), THREADS, 0, stream>>>((const W *)parts[0], (const W *)parts[1], (const W *)parts[2],
-                                                                  (W *)whole, n, sizes);
+template <typename W> void launch_merge(void *whole, void *const parts[3], int n, Heads s, cudaStream_t stream) {
+    const int columns = n * s.heads * s.dim, threads = columns < THREADS ? (columns + WARP - 1) / WARP * WARP : THREADS;
+    merge_heads<<<dim3(blocks_for(columns, threads), blocks_for(s.time, STEPS), s.batch), threads, 0, stream>>>(
+        (const W *)parts[0], (const W *)parts[1], (const W *)parts[2], (W *)whole, n, s);
 }
 
-template <typename T>
+template <typename T, int A>
 void launch_activation(bool gated, const void *x, const void *dy, void *out, int64_t rows, int width, cudaStream_t stream) {
     const int64_t packs = rows * width / A;
     const int blocks = blocks_for(packs, THREADS);
     if (gated && dy)
-        swiglu_backward<<<blocks, THREADS, 0, stream>>>((const T *)x, (const T *)dy, (T *)out, packs, width);
+        swiglu_backward<T, A><<<blocks, THREADS, 0, stream>>>((const T *)x, (const T *)dy, (T *)out, packs, width);
     else if (gated)
-        swiglu_forward<<<blocks, THREADS, 0, stream>>>((const T *)x, (T *)out, packs, width);
+        swiglu_forward<T, A><<<blocks, THREADS, 0, stream>>>((const T *)x, (T *)out, packs, width);
     else if (dy)
-        gelu_backward<<<blocks, THREADS, 0, stream>>>((const T *)x, (const T *)dy, (T *)out, packs);
+        gelu_backward<T, A><<<blocks, THREADS, 0, stream>>>((const T *)x, (const T *)dy, (T *)out, packs);
     else
-        gelu_forward<<<blocks, THREADS, 0, stream>>>((const T *)x, (T *)out, packs);
+        gelu_forward<T, A><<<blocks, THREADS, 0, stream>>>((const T *)x, (T *)out, packs);
 }
 
 } // namespace
@@ -130,8 +144,8 @@ void launch_activation(bool gated, const void *x, const void *dy, void *out, int
 extern "C" {
 
 // n parts [B, H, T, D] (null: zeros) to whole [N, n, H, D], elements of `bytes`.
-int landmark_merge_heads(void *whole, void *part0, void *part1, void *part2, int n, int64_t batch, int64_t heads, int64_t time, int64_t dim,
-                         int bytes, cudaStream_t stream) {
+int landmark_merge_heads(void *whole, void *part0, void *part1, void *part2, int n, int batch, int heads, int time, int dim, int bytes,
+                         cudaStream_t stream) {
     void *parts[3] = {part0, part1, part2};
     if (dim * bytes % 16 == 0)
         launch_merge<uint4>(whole, parts, n, Heads{batch, heads, time, dim * bytes / 16}, stream);
@@ -145,9 +159,11 @@ int landmark_merge_heads(void *whole, void *part0, void *part1, void *part2, int
 // Forward if dy is null: out [rows, width] from x [rows, width], or [rows, 2 width] if gated. Backward: the gradient of x. 4 divides width.
 int landmark_activation(int gated, const void *x, const void *dy, void *out, int type, int64_t rows, int width, cudaStream_t stream) {
     if (type == F32)
-        launch_activation<float>(gated, x, dy, out, rows, width, stream);
+        launch_activation<float, 4>(gated, x, dy, out, rows, width, stream);
+    else if (width % 8 == 0)
+        launch_activation<__nv_bfloat16, 8>(gated, x, dy, out, rows, width, stream);
     else
-        launch_activation<__nv_bfloat16>(gated, x, dy, out, rows, width, stream);
+        launch_activation<__nv_bfloat16, 4>(gated, x, dy, out, rows, width, stream);
     return cudaGetLastError();
 }
 

@@ -184,7 +184,7 @@ impl Layout {
             _ => Ok(0),
         };
         let (a, b, c, n) = (part(0)?, part(1)?, part(2)?, parts.len() as c_int);
-        let [batch, heads, time, dim] = [batch, heads, time, dim].map(|size| size as i64);
+        let [batch, heads, time, dim] = [batch, heads, time, dim].map(|size| size as c_int);
         let bytes = like.dtype().size_in_bytes() as c_int;
         ElementType::of(op, "x", like.dtype())?;
         run(op, device, |stream| {
@@ -313,10 +313,10 @@ unsafe extern "C" {
         part1: Address,
         part2: Address,
         n: c_int,
-        batch: i64,
-        heads: i64,
-        time: i64,
-        dim: i64,
+        batch: c_int,
+        heads: c_int,
+        time: c_int,
+        dim: c_int,
         bytes: c_int,
         stream: *mut CudaStream_,
     ) -> c_int;
