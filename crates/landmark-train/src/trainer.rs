@@ -54,6 +54,7 @@ impl Trainer {
     /// A trainer that has made no step.
     pub fn new(settings: &Settings, model: Gpt) -> Result<Self> {
         settings.check()?;
+        let model = model.with_activation_checkpointing(settings.activation_checkpointing);
         #[cfg_attr(not(feature = "cuda"), allow(unused_mut))]
         let mut optimizer =
             Optimizer::new(model.parameters(), settings.opt, settings.weight_decay, settings.grad_clip)?;

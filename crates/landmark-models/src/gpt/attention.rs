@@ -19,7 +19,7 @@ const OP: &str = "WindowAttention";
 
 /// Attention over one batch of whole windows, for training and for evaluation inside the window: what it keeps is a function of the
 /// batch's token ids, so there is one for each batch.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct WindowAttention {
     batch: usize,
     time: usize,
@@ -31,7 +31,7 @@ pub struct WindowAttention {
 }
 
 /// What a context-miss token adds.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct ContextMiss {
     /// Position -1, where the token's key is.
     rotation: Rotation,
@@ -172,6 +172,10 @@ impl Attend for WindowAttention {
             Ok([back.apply(&dq)?, back.apply(&dk)?, dv])
         };
         Ok(Some((result, Box::new(backward))))
+    }
+
+    fn again(&self) -> Option<Box<dyn Attend + Send>> {
+        Some(Box::new(self.clone()))
     }
 }
 

@@ -33,7 +33,7 @@ pub use record::{Gradients, Recording, Rounded};
 
 pub(crate) use dropout::mix64;
 pub(crate) use elements::ids;
-pub(crate) use record::{attend, bridge};
+pub(crate) use record::{attend, bridge, recomputed};
 
 /// Calls a function that is generic over the element type with the type of a tensor.
 macro_rules! by_dtype {

@@ -113,8 +113,9 @@ struct Recorded {
     nodes: Vec<Node>,
     /// Results that are no variables to candle.
     bridged: HashSet<TensorId>,
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     rounded: Rounded,
+    /// Nothing is recorded now: it will be computed again.
+    paused: bool,
 }
 
 struct Node {
@@ -140,9 +141,15 @@ impl Recording {
 
     /// Ends the recording and goes back from `loss`, a scalar that one of the recorded functions gave.
     pub fn backward(self, loss: &Tensor) -> Result<Gradients> {
+        let gradients = self.back_from(loss, loss.ones_like()?.into())?;
+        let gradients = gradients.into_iter().map(|(id, gradient)| (id, gradient.whole)).collect();
+        Ok(Gradients(Source::Recorded(gradients)))
+    }
+
+    fn back_from(self, out: &Tensor, gradient: Gradient) -> Result<HashMap<TensorId, Gradient>> {
         let Recorded { nodes, .. } = RECORDED.take().unwrap_or_default();
         drop(self);
-        let mut gradients = HashMap::from([(loss.id(), Gradient::from(loss.ones_like()?))]);
+        let mut gradients = HashMap::from([(out.id(), gradient)]);
         for Node { inputs, outputs, backward, adds } in nodes.into_iter().rev() {
             let mut of_outputs: Vec<_> = outputs.iter().map(|id| gradients.remove(id)).collect();
             if of_outputs.iter().all(Option::is_none) {
@@ -162,8 +169,7 @@ impl Recording {
                 gradients.insert(id, sum);
             }
         }
-        let gradients = gradients.into_iter().map(|(id, gradient)| (id, gradient.whole)).collect();
-        Ok(Gradients(Source::Recorded(gradients)))
+        Ok(gradients)
     }
 }
 
@@ -180,6 +186,9 @@ pub(crate) fn bridge<const N: usize>(
     f: impl FnOnce([&Tensor; N]) -> candle_core::Result<Tensor>,
 ) -> Result<Tensor> {
     let ids = inputs.map(wanted);
+    if RECORDED.with_borrow(|recorded| recorded.as_ref().is_some_and(|recorded| recorded.paused)) {
+        return Ok(f(inputs.map(Tensor::detach).each_ref())?);
+    }
     if ids.iter().all(Option::is_none) {
         return Ok(f(inputs)?);
     }
@@ -218,6 +227,46 @@ pub(crate) fn attend(attention: &mut dyn Attend, layer: usize, qkv: [&Tensor; 3]
     bridge(qkv, |[q, k, v]| attention.attend(layer, q, k, v)?.to_dtype(dtype))
 }
 
+/// `f(x)`, of which a recording keeps x alone: on the way back f is called again, and gone back through. It gives the same both times, reads
+/// these `parameters`, and is all that reads them and x.
+pub(crate) fn recomputed(
+    x: &Tensor,
+    parameters: &[&Tensor],
+    f: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    let inputs: Vec<Tensor> = [&[x], parameters].concat().into_iter().cloned().collect();
+    let ids: Vec<_> = inputs.iter().map(wanted).collect();
+    if ids.iter().all(Option::is_none) {
+        return f(x);
+    }
+    let pause = |paused| {
+        RECORDED.with_borrow_mut(|recorded| {
+            let recorded = recorded.as_mut().expect("a recording wants these gradients");
+            recorded.paused = paused;
+            recorded.rounded.clone()
+        })
+    };
+    let rounded = pause(true);
+    let out = f(&x.detach());
+    pause(false);
+    let out = out?.detach();
+    let backward: Backward = Box::new(move |mut gradients| {
+        let gradient = gradients.pop().flatten().expect("a node is reached through its only result");
+        let recording = Recording::start(&rounded);
+        let x = inputs[0].detach();
+        RECORDED.with_borrow_mut(|recorded| recorded.as_mut().expect("just started").bridged.insert(x.id()));
+        let out = f(&x)?;
+        let mut gradients = recording.back_from(&out, gradient)?;
+        let of = |input: &Tensor| match gradients.remove(&input.id()) {
+            Some(gradient) => Ok(gradient),
+            None => Ok(input.zeros_like()?.into()),
+        };
+        std::iter::once(&x).chain(&inputs[1..]).map(of).collect()
+    });
+    push(ids, std::slice::from_ref(&out), backward);
+    Ok(out)
+}
+
 /// Parts of x that `cut` makes without moving anything. For a recording `backward` makes the gradient of x of theirs, `None` for one that the
 /// loss does not depend on.
 #[cfg(feature = "cuda")]
@@ -252,7 +301,7 @@ fn push(inputs: Vec<Option<TensorId>>, outputs: &[Tensor], backward: Backward) {
 /// The id of a tensor whose gradient a recording wants.
 fn wanted(x: &Tensor) -> Option<TensorId> {
     RECORDED.with_borrow(|recorded| {
-        let recorded = recorded.as_ref()?;
+        let recorded = recorded.as_ref().filter(|recorded| !recorded.paused)?;
         (x.is_variable() || recorded.bridged.contains(&x.id())).then(|| x.id())
     })
 }
