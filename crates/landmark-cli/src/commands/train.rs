@@ -285,6 +285,7 @@ fn settings(flags: &Flags, vocabulary: &Vocabulary, device: &Device) -> anyhow::
         eval_freq: flags.eval_freq,
         save_checkpoint_freq: flags.save_checkpoint_freq,
         keep_checkpoints: flags.keep_checkpoints,
+        activation_checkpointing: flags.activation_checkpointing,
     })
 }
 

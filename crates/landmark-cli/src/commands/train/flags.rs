@@ -289,6 +289,10 @@ pub struct Flags {
     /// Normalise queries and keys head by head (RMSNorm) before they are rotated: True or False
     #[arg(long, value_parser = truth, default_value = "False", action = clap::ArgAction::Set, help_heading = "Model")]
     pub qk_norm: bool,
+    /// Keep of a step the inputs of the layers alone and compute the layers again on the way back: True or False. The same bits in less memory
+    /// and more time
+    #[arg(long, value_parser = truth, default_value = "False", action = clap::ArgAction::Set, help_heading = "Model")]
+    pub activation_checkpointing: bool,
     /// The softmax of attention
     #[arg(long, value_enum, default_value_t = SoftmaxFunc::MemOpt, help_heading = "Model")]
     pub softmax_func: SoftmaxFunc,
