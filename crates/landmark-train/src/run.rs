@@ -9,7 +9,7 @@ use crate::settings::Settings;
 use crate::trainer::{Evaluation, Step, Trainer, evaluate};
 use candle_core::{DType, Device};
 use landmark_data::Batch;
-use landmark_models::gpt::Gpt;
+use landmark_models::gpt::{Gpt, GptConfig};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
@@ -25,6 +25,8 @@ pub struct Limits<'a> {
     pub experiment: Option<&'a Path>,
     /// Go on from the newest checkpoint, if there is one.
     pub resume: bool,
+    /// The folder of a model with whose weights a new run begins, not with random ones.
+    pub init_from: Option<&'a Path>,
     /// Somebody else's wish to stop after the current step.
     pub stop: Option<&'a AtomicBool>,
     /// Stop after so much time.
@@ -86,6 +88,27 @@ pub enum Outcome {
     },
 }
 
+/// The weights of another model of this kind. What is random in training, the window and the frequency of landmarks may be others.
+fn load(config: &GptConfig, folder: &Path, device: &Device) -> Result<Gpt> {
+    let model = Gpt::load(folder, device)?;
+    let other = model.config();
+    let same_kind = GptConfig {
+        sequence_length: config.sequence_length,
+        mem_freq: config.mem_freq,
+        dropout: config.dropout,
+        group_dropout: config.group_dropout,
+        under_rem_score_prob: config.under_rem_score_prob,
+        pos_jump_on_mem: config.pos_jump_on_mem,
+        ..other.clone()
+    };
+    if same_kind != *config {
+        let message = format!("{}: that model is another one: {other:?}, not {config:?}", folder.display());
+        return Err(Error::setting("init_from", message));
+    }
+    let weights = model.parameters().iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
+    Ok(Gpt::from_tensors(config, weights)?)
+}
+
 /// Trains a model. `observe` is told of every step.
 pub fn train(
     settings: &Settings,
@@ -109,7 +132,10 @@ pub fn train(
     let (trainer, history) = match found {
         Some(found) => resume(settings, device, found, observe)?,
         None => {
-            let model = Gpt::init(&settings.model, settings.seed, DType::F32, device)?;
+            let model = match limits.init_from {
+                None => Gpt::init(&settings.model, settings.seed, DType::F32, device)?,
+                Some(folder) => load(&settings.model, folder, device)?,
+            };
             (Trainer::new(settings, model.with_activations(settings.precision.dtype())?)?, History::default())
         }
     };

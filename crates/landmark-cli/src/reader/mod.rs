@@ -206,8 +206,13 @@ pub fn load(folder: &Path, flags: DeviceFlags) -> anyhow::Result<Gpt> {
 
 /// The folder of the model itself: an experiment's newest checkpoint if it is an experiment.
 pub fn checkpoint(folder: &Path) -> anyhow::Result<PathBuf> {
+    model_folder("checkpoint", folder)
+}
+
+/// The same of another flag's.
+pub fn model_folder(flag: &str, folder: &Path) -> anyhow::Result<PathBuf> {
     if !folder.is_dir() {
-        bail!("--checkpoint {}: no such folder; expected one that landmark train wrote", folder.display());
+        bail!("--{flag} {}: no such folder; expected one that landmark train wrote", folder.display());
     }
     if folder.join("config.json").exists() {
         return Ok(folder.to_path_buf());
@@ -215,7 +220,7 @@ pub fn checkpoint(folder: &Path) -> anyhow::Result<PathBuf> {
     let newest = landmark_train::checkpoint::iterations(folder)?.pop();
     let newest = newest.map(|iteration| landmark_train::checkpoint::path(folder, iteration));
     newest.with_context(|| {
-        format!("--checkpoint {}: no model in it: neither a config.json nor a folder ckpt_N", folder.display())
+        format!("--{flag} {}: no model in it: neither a config.json nor a folder ckpt_N", folder.display())
     })
 }
 
