@@ -19,6 +19,8 @@ pub struct Trainer {
     negatives: Option<NegativeRows>,
     seed: u64,
     iteration: usize,
+    #[cfg(feature = "cuda")]
+    numbers: crate::cuda::Numbers,
 }
 
 /// What a step came to.
@@ -64,14 +66,25 @@ impl Trainer {
         }
         let (schedule, process) = (settings.schedule(), settings.optimization_process);
         let Settings { negatives, seed, .. } = *settings;
-        Ok(Self { model, optimizer, schedule, process, negatives, seed, iteration: 0 })
+        Ok(Self {
+            model,
+            optimizer,
+            schedule,
+            process,
+            negatives,
+            seed,
+            iteration: 0,
+            #[cfg(feature = "cuda")]
+            numbers: Default::default(),
+        })
     }
 
     /// One step on the sum of the gradients of these batches.
     pub fn step(&mut self, batches: impl IntoIterator<Item = Batch>) -> Result<Step> {
         let mut gradients = self.optimizer.gradients();
-        // Read at the end: reading waits for the device.
         let mut losses = Vec::new();
+        #[cfg(feature = "cuda")]
+        self.numbers.restart();
         let mut tokens = 0;
         let rounded = self.optimizer.rounded();
         for (micro, batch) in batches.into_iter().enumerate() {
@@ -80,9 +93,16 @@ impl Trainer {
             let training = Training { seed, negatives: self.negatives, rounded: rounded.clone() };
             self.process.read(&self.model, &batch, Some(training), |read| {
                 let loss = self.model.loss(&read.hidden, &read.targets, read.weights.as_ref())?;
+                // On a GPU a loss is on its way before the way back is launched, and read after that.
+                match loss.device().is_cpu() {
+                    true => losses.push(scalar(&loss)?),
+                    #[cfg(feature = "cuda")]
+                    false => self.numbers.send(&loss)?,
+                    #[cfg(not(feature = "cuda"))]
+                    false => unreachable!("a model is on a GPU with the feature alone"),
+                }
                 let recording = read.recording.expect("a training step is recorded");
                 self.optimizer.accumulate(&mut gradients, &mut recording.backward(&loss)?)?;
-                losses.push(loss.detach());
                 Ok(())
             })?;
             tokens += batch.inputs.len();
@@ -90,7 +110,9 @@ impl Trainer {
         let lr = self.schedule.rate(self.iteration);
         let grad_norm = self.optimizer.step(&gradients, lr)?;
         self.iteration += 1;
-        let loss = losses.iter().map(scalar).sum::<Result<f64>>()? / losses.len() as f64;
+        #[cfg(feature = "cuda")]
+        losses.extend(self.numbers.take()?);
+        let loss = losses.iter().sum::<f64>() / losses.len() as f64;
         if !loss.is_finite() {
             return Err(Error::Diverged { iteration: self.iteration, loss });
         }
