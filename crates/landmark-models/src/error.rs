@@ -101,6 +101,14 @@ pub enum Error {
         /// What the parser said.
         source: serde_json::Error,
     },
+    /// A text that should be JSON is none.
+    #[error("{what}: {source}")]
+    Json {
+        /// What the text is.
+        what: &'static str,
+        /// What the parser said.
+        source: serde_json::Error,
+    },
     /// A weights file is not readable safetensors: corrupt, or cut short.
     #[error("{path}: {source}")]
     WeightsFile {

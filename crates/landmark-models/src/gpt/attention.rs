@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 use landmark_attention::{
-    Attend, AttendBackward, Dropout, LandmarkParams, Landmarks, Rotation, Softmax, landmark_attention,
+    Attend, AttendBackward, Dropout, LandmarkParams, Landmarks, Rope, Rotation, Softmax, landmark_attention,
     landmark_attention_backward, landmark_attention_with_lse, landmark_attention_with_outside, reference,
 };
 use rand_chacha::ChaCha8Rng;
@@ -53,18 +53,7 @@ impl WindowAttention {
         negatives: Option<(NegativeRows, usize)>,
     ) -> Result<Self> {
         config.validate()?;
-        let &[batch, time] = ids.dims() else {
-            return Err(Error::Shape {
-                op: OP,
-                tensor: "ids",
-                got: ids.dims().to_vec(),
-                expected: "[batch, time]".into(),
-            });
-        };
-        if time > config.sequence_length || ids.elem_count() == 0 {
-            let expected = format!("[batch, 1..={}]: sequence_length", config.sequence_length);
-            return Err(Error::Shape { op: OP, tensor: "ids", got: ids.dims().to_vec(), expected });
-        }
+        let (batch, time) = window(ids, config.sequence_length)?;
         let ids = ops::ids(OP, "ids", ids)?;
         let has_landmarks = config.model != Variant::BaseRotary;
         let is_landmark: Vec<u8> = ids.iter().map(|&id| (has_landmarks && id == config.landmark_id) as u8).collect();
@@ -103,6 +92,22 @@ impl WindowAttention {
             _ => None,
         };
         Ok(Self { batch, time, rotation, params, seed: seed.unwrap_or(0), miss, negatives })
+    }
+
+    /// For the windows `ids` of a model that has nothing but landmarks, or not even those: `rope` of their length, a landmark's id, the most
+    /// positions of a window.
+    pub(crate) fn with_rope(
+        rope: impl FnOnce(usize) -> Rope,
+        landmark: Option<u32>,
+        longest: usize,
+        ids: &Tensor,
+    ) -> Result<Self> {
+        let (batch, time) = window(ids, longest)?;
+        let ids = ops::ids(OP, "ids", ids)?;
+        let is_landmark: Vec<u8> = ids.iter().map(|&id| (Some(id) == landmark) as u8).collect();
+        let rotation = rope(time).at(&(0..time as i64).collect::<Vec<_>>());
+        let params = LandmarkParams::new(landmarks(&is_landmark, batch, time)?);
+        Ok(Self { batch, time, rotation, params, seed: 0, miss: None, negatives: None })
     }
 
     /// The parameters for a layer: each draws its own dropout.
@@ -170,6 +175,17 @@ impl Attend for WindowAttention {
             Ok([back.apply(&dq)?, back.apply(&dk)?, dv])
         };
         Ok(Some((result, Box::new(backward))))
+    }
+}
+
+/// Batch and time of windows of at most `longest` positions.
+fn window(ids: &Tensor, longest: usize) -> Result<(usize, usize)> {
+    match *ids.dims() {
+        [batch, time] if time <= longest && ids.elem_count() > 0 => Ok((batch, time)),
+        _ => {
+            let expected = format!("[batch, 1..={longest}], the model's window");
+            Err(Error::Shape { op: OP, tensor: "ids", got: ids.dims().to_vec(), expected })
+        }
     }
 }
 

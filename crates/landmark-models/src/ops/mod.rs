@@ -25,9 +25,9 @@ mod vectorised;
 pub use cross_entropy::{IGNORE, TokenScore, cross_entropy, token_scores};
 pub use dropout::{Dropout, dropout};
 pub use embedding::embedding;
-pub use heads::{merge_heads, project_heads};
-pub use linear::linear;
-pub use mlp::{Activation, Mlp, mlp};
+pub use heads::{join_heads, merge_heads, project_heads, split_heads};
+pub use linear::{linear, linear_onto};
+pub use mlp::{Activation, Mlp, mlp, swiglu};
 pub use norm::{NormKind, norm};
 pub use record::{Gradients, Recording};
 

@@ -9,7 +9,6 @@ namespace {
 
 // Elements of a row that a lane takes at once: column = lane * V + i * 32 * V.
 constexpr int V = 4;
-constexpr float EPS = 1e-5f;
 
 // f(column, V elements' worth of columns) over the columns of a lane. Widths that V does not divide are taken one by one.
 #define FOR_COLUMNS(c, width) for (int c = (threadIdx.x % WARP) * V; c < (width); c += WARP * V)
@@ -35,7 +34,8 @@ template <typename T> __device__ void put(T *y, int width, bool whole, int c, co
 
 // A warp per row. stats: mean and 1 / sqrt(variance + eps) of each row.
 template <typename X, typename Y>
-__global__ void norm_forward(const X *x, const float *w, const float *b, Y *y, float2 *stats, int rows, int width, bool centred) {
+__global__ void norm_forward(const X *x, const float *w, const float *b, Y *y, float2 *stats, int rows, int width, bool centred,
+                             float eps) {
     const int row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     if (row >= rows) return;
     const bool whole = width % V == 0;
@@ -54,7 +54,7 @@ __global__ void norm_forward(const X *x, const float *w, const float *b, Y *y, f
 #pragma unroll
         for (int i = 0; i < V; i++) squares += c + i < width ? (v[i] - mean) * (v[i] - mean) : 0.f;
     }
-    const float rstd = rsqrtf(warp_sum(squares) / width + EPS);
+    const float rstd = rsqrtf(warp_sum(squares) / width + eps);
     if (threadIdx.x % WARP == 0) stats[row] = make_float2(mean, rstd);
     const Row<float> weight{w, width, whole}, bias{b, width, whole};
     FOR_COLUMNS(c, width) {
@@ -189,30 +189,33 @@ template <typename T> __global__ void gelu_backward(const T *x, const T *dy, T *
 }
 
 // x [N, 2 width]: gate, then up.
-template <typename T> __global__ void swiglu_forward(const T *x, T *y, int64_t packs, int width) {
+// Gate and up are two matrices whose rows begin `stride` apart: their own, or the halves of one.
+template <typename T>
+__global__ void swiglu_forward(const T *gates, const T *ups, T *y, int64_t packs, int width, int64_t stride) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= packs) return;
-    const int64_t row = i * A / width, c = i * A % width;
+    const int64_t row = i * A / width, at = row * stride + i * A % width;
     float gate[A], up[A];
-    load<A>(gate, x + row * 2 * width + c), load<A>(up, x + row * 2 * width + width + c);
+    load<A>(gate, gates + at), load<A>(up, ups + at);
 #pragma unroll
     for (int j = 0; j < A; j++) up[j] *= gate[j] * sigmoid(gate[j]);
     store<A>(y + i * A, up);
 }
 
-template <typename T> __global__ void swiglu_backward(const T *x, const T *dy, T *dx, int64_t packs, int width) {
+template <typename T>
+__global__ void swiglu_backward(const T *gates, const T *ups, const T *dy, T *d_gates, T *d_ups, int64_t packs, int width, int64_t stride) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= packs) return;
-    const int64_t row = i * A / width, c = i * A % width, at = row * 2 * width + c;
+    const int64_t row = i * A / width, at = row * stride + i * A % width;
     float gate[A], up[A], g[A], d_gate[A];
-    load<A>(gate, x + at), load<A>(up, x + at + width), load<A>(g, dy + i * A);
+    load<A>(gate, gates + at), load<A>(up, ups + at), load<A>(g, dy + i * A);
 #pragma unroll
     for (int j = 0; j < A; j++) {
         const float s = sigmoid(gate[j]);
         d_gate[j] = g[j] * up[j] * s * (1.f + gate[j] * (1.f - s));
         up[j] = g[j] * gate[j] * s;
     }
-    store<A>(dx + at, d_gate), store<A>(dx + at + width, up);
+    store<A>(d_gates + at, d_gate), store<A>(d_ups + at, up);
 }
 
 // ---- embedding --------------------------------------------------------------------------------------------------------------
@@ -247,9 +250,9 @@ constexpr int THREADS = 256;
 
 template <typename X, typename Y>
 void launch_norm_forward(const void *x, const float *w, const float *b, void *y, float *stats, int rows, int width, bool centred,
-                         cudaStream_t stream) {
+                         float eps, cudaStream_t stream) {
     norm_forward<<<blocks_for(rows, THREADS / WARP), THREADS, 0, stream>>>((const X *)x, w, b, (Y *)y, (float2 *)stats, rows, width,
-                                                                          centred);
+                                                                          centred, eps);
 }
 
 template <typename X, typename Y>
@@ -279,13 +282,21 @@ void launch_heads(bool split, void *whole, void *const parts[3], int n, Heads si
 }
 
 template <typename T>
+void launch_swiglu(const T *gate, const T *up, const T *dy, T *out, T *d_up, int64_t rows, int width, int64_t stride, cudaStream_t stream) {
+    const int64_t packs = rows * width / A;
+    const int blocks = blocks_for(packs, THREADS);
+    if (dy)
+        swiglu_backward<<<blocks, THREADS, 0, stream>>>(gate, up, dy, out, d_up, packs, width, stride);
+    else
+        swiglu_forward<<<blocks, THREADS, 0, stream>>>(gate, up, out, packs, width, stride);
+}
+
+template <typename T>
 void launch_activation(bool gated, const void *x, const void *dy, void *out, int64_t rows, int width, cudaStream_t stream) {
     const int64_t packs = rows * width / A;
     const int blocks = blocks_for(packs, THREADS);
-    if (gated && dy)
-        swiglu_backward<<<blocks, THREADS, 0, stream>>>((const T *)x, (const T *)dy, (T *)out, packs, width);
-    else if (gated)
-        swiglu_forward<<<blocks, THREADS, 0, stream>>>((const T *)x, (T *)out, packs, width);
+    if (gated)
+        launch_swiglu((const T *)x, (const T *)x + width, (const T *)dy, (T *)out, (T *)out + width, rows, width, 2 * (int64_t)width, stream);
     else if (dy)
         gelu_backward<<<blocks, THREADS, 0, stream>>>((const T *)x, (const T *)dy, (T *)out, packs);
     else
@@ -298,13 +309,13 @@ extern "C" {
 
 // x, y: of x_type and y_type, of which y's is x's or bf16. stats: 2 floats a row.
 int landmark_norm_forward(const void *x, int x_type, const float *w, const float *b, void *y, int y_type, float *stats, int rows,
-                          int width, int centred, cudaStream_t stream) {
+                          int width, int centred, float eps, cudaStream_t stream) {
     if (x_type == F32 && y_type == F32)
-        launch_norm_forward<float, float>(x, w, b, y, stats, rows, width, centred, stream);
+        launch_norm_forward<float, float>(x, w, b, y, stats, rows, width, centred, eps, stream);
     else if (x_type == F32)
-        launch_norm_forward<float, __nv_bfloat16>(x, w, b, y, stats, rows, width, centred, stream);
+        launch_norm_forward<float, __nv_bfloat16>(x, w, b, y, stats, rows, width, centred, eps, stream);
     else
-        launch_norm_forward<__nv_bfloat16, __nv_bfloat16>(x, w, b, y, stats, rows, width, centred, stream);
+        launch_norm_forward<__nv_bfloat16, __nv_bfloat16>(x, w, b, y, stats, rows, width, centred, eps, stream);
     return cudaGetLastError();
 }
 
@@ -343,6 +354,17 @@ int landmark_activation(int gated, const void *x, const void *dy, void *out, int
         launch_activation<float>(gated, x, dy, out, rows, width, stream);
     else
         launch_activation<__nv_bfloat16>(gated, x, dy, out, rows, width, stream);
+    return cudaGetLastError();
+}
+
+// Of a gate and an up that are two tensors [rows, width]. Forward if dy is null: out is the result. Backward: out is the gradient of the gate.
+int landmark_swiglu(const void *gate, const void *up, const void *dy, void *out, void *d_up, int type, int64_t rows, int width,
+                    cudaStream_t stream) {
+    if (type == F32)
+        launch_swiglu((const float *)gate, (const float *)up, (const float *)dy, (float *)out, (float *)d_up, rows, width, width, stream);
+    else
+        launch_swiglu((const __nv_bfloat16 *)gate, (const __nv_bfloat16 *)up, (const __nv_bfloat16 *)dy, (__nv_bfloat16 *)out,
+                      (__nv_bfloat16 *)d_up, rows, width, width, stream);
     return cudaGetLastError();
 }
 

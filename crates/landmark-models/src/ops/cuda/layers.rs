@@ -37,9 +37,9 @@ fn without_dropout(op: &'static str, dropout: Option<Dropout>) -> Result<()> {
     }
 }
 
-/// See [`crate::ops::linear`].
-pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
-    biased("linear", affine("linear", x, w, b, None)?, b)
+/// See [`crate::ops::linear`] and [`crate::ops::linear_onto`].
+pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>, residual: Option<&Tensor>) -> Result<Tensor> {
+    biased("linear", affine("linear", x, w, b, residual)?, b)
 }
 
 fn biased(op: &'static str, y: Tensor, b: Option<&Tensor>) -> Result<Tensor> {
@@ -71,19 +71,23 @@ fn affine(op: &'static str, x: &Tensor, w: &Tensor, b: Option<&Tensor>, residual
     let (x_ni, w_oi) = (matrix(op, "x", &x, n, n_in)?, matrix(op, "w", &weight, n_out, n_in)?);
     // SAFETY: all are live contiguous allocations of the sizes that were checked.
     unsafe { product(&device, x_ni, w_oi.t(), out, added)? };
-    let adds = residual.is_some();
+    let (adds, learns) = (residual.is_some(), tape.wants(w));
     tape.finish_one(y.output(), move |dy| {
         let dy_x = dy.to_dtype(x.dtype())?.contiguous()?;
         let dy_no = matrix(op, "dy", &dy_x, n, n_out)?;
         let (x_ni, w_oi) = (matrix(op, "x", &x, n, n_in)?, matrix(op, "w", &weight, n_out, n_in)?);
         let dx = Fresh::new(&device, x.shape(), x.dtype())?;
-        let dw = Fresh::new(&device, (n_out, n_in), DType::F32)?;
         // SAFETY: as above.
-        unsafe {
-            product(&device, dy_no, w_oi, Matrix::new(dx.address, x_ni.dtype, n, n_in), None)?;
-            product(&device, dy_no.t(), x_ni, Matrix::new(dw.address, ElementType::F32, n_out, n_in), None)?;
-        }
-        let mut grads = vec![dx.tensor(), dw.tensor()];
+        unsafe { product(&device, dy_no, w_oi, Matrix::new(dx.address, x_ni.dtype, n, n_in), None)? };
+        let dw = if learns {
+            let dw = Fresh::new(&device, (n_out, n_in), DType::F32)?;
+            // SAFETY: as above.
+            unsafe { product(&device, dy_no.t(), x_ni, Matrix::new(dw.address, ElementType::F32, n_out, n_in), None)? };
+            dw.tensor()
+        } else {
+            weight.clone()
+        };
+        let mut grads = vec![dx.tensor(), dw];
         if adds {
             grads.push(dy);
         }
@@ -149,6 +153,58 @@ pub fn mlp(x: &Tensor, mlp: &Mlp, residual: &Tensor, dropout: Option<Dropout>) -
     })?;
     let b = mlp.down_bias.as_ref();
     biased(OP, affine(OP, &act, &mlp.down, b, Some(residual))?, b)
+}
+
+/// See [`crate::ops::split_heads`].
+pub fn split_heads(x: &Tensor, layout: Layout) -> Result<Tensor> {
+    const OP: &str = "split_heads";
+    let x = x.contiguous()?;
+    let tape = Tape::new(OP, &[&x])?;
+    let heads = layout.split_on_gpu(OP, &x, 1)?.pop().expect("one part");
+    tape.finish_one(heads.output(), move |dy| Ok(vec![layout.merge_on_gpu(OP, &[Some(&dy.contiguous()?)])?.tensor()]))
+}
+
+/// See [`crate::ops::join_heads`].
+pub fn join_heads(o: &Tensor, layout: Layout) -> Result<Tensor> {
+    const OP: &str = "join_heads";
+    let o = o.contiguous()?;
+    let tape = Tape::new(OP, &[&o])?;
+    let joined = layout.merge_on_gpu(OP, &[Some(&o)])?;
+    tape.finish_one(joined.output(), move |dy| {
+        let d_o = layout.split_on_gpu(OP, &dy.contiguous()?, 1)?.pop().expect("one part");
+        Ok(vec![d_o.tensor()])
+    })
+}
+
+/// See [`crate::ops::swiglu`].
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    const OP: &str = "swiglu";
+    let (rows, width) = rows_and_width(OP, "gate", gate)?;
+    check_shape(OP, "up", up, gate.dims())?;
+    if !width.is_multiple_of(PACK) || up.dtype() != gate.dtype() {
+        let expected = format!("columns in a multiple of {PACK} on a GPU, of the type of up");
+        return Err(Error::Shape { op: OP, tensor: "gate", got: gate.dims().to_vec(), expected });
+    }
+    let dtype = ElementType::of(OP, "gate", gate.dtype())?;
+    let device = gate.device().as_cuda_device()?.clone();
+    let (gate, up) = (gate.contiguous()?, up.contiguous()?);
+    let launch = move |device: &CudaDevice, gate: &Tensor, up: &Tensor, dy: Address, out: Address, d_up: Address| {
+        let (gate, up) = (address(OP, "gate", gate)?, address(OP, "up", up)?);
+        run(OP, device, |stream| {
+            // SAFETY: live contiguous allocations of these sizes and this type.
+            unsafe { landmark_swiglu(gate, up, dy, out, d_up, dtype, rows as i64, width as c_int, stream) }
+        })
+    };
+    let tape = Tape::new(OP, &[&gate, &up])?;
+    let y = Fresh::new(&device, gate.shape(), gate.dtype())?;
+    launch(&device, &gate, &up, 0, y.address, 0)?;
+    tape.finish_one(y.output(), move |dy| {
+        let dy = dy.contiguous()?;
+        let [d_gate, d_up] = [(); 2].map(|()| Fresh::new(&device, gate.shape(), gate.dtype()));
+        let (d_gate, d_up) = (d_gate?, d_up?);
+        launch(&device, &gate, &up, address(OP, "dy", &dy)?, d_gate.address, d_up.address)?;
+        Ok(vec![d_gate.tensor(), d_up.tensor()])
+    })
 }
 
 #[derive(Clone, Copy)]
@@ -238,9 +294,9 @@ pub fn norm(x: &Tensor, kind: NormKind, w: &Tensor, b: Option<&Tensor>, dtype: D
     let centred = c_int::from(kind == NormKind::Layer);
     let (n, c) = (rows as c_int, width as c_int);
     run(OP, &device, |stream| {
-        let (y, stats) = (y.address, stats.address);
+        let (y, stats, eps) = (y.address, stats.address, kind.eps() as f32);
         // SAFETY: live contiguous allocations of these sizes and types.
-        unsafe { landmark_norm_forward(x_at, x_type, w_at, b_at, y, y_type, stats, n, c, centred, stream) }
+        unsafe { landmark_norm_forward(x_at, x_type, w_at, b_at, y, y_type, stats, n, c, centred, eps, stream) }
     })?;
     let (w, biased, stats) = (w.clone(), b.is_some(), stats.tensor());
     tape.finish_adding(y.output(), move |dy, so_far| {
@@ -408,6 +464,7 @@ unsafe extern "C" {
         rows: c_int,
         width: c_int,
         centred: c_int,
+        eps: f32,
         stream: *mut CudaStream_,
     ) -> c_int;
     fn landmark_norm_backward(
@@ -447,6 +504,17 @@ unsafe extern "C" {
         x: Address,
         dy: Address,
         out: Address,
+        dtype: ElementType,
+        rows: i64,
+        width: c_int,
+        stream: *mut CudaStream_,
+    ) -> c_int;
+    fn landmark_swiglu(
+        gate: Address,
+        up: Address,
+        dy: Address,
+        out: Address,
+        d_up: Address,
         dtype: ElementType,
         rows: i64,
         width: c_int,

@@ -24,7 +24,7 @@ use candle_core::{CudaStorage, DType, Shape, Storage, Tensor};
 use super::record::Output;
 use crate::{Error, Result};
 
-pub use layers::{embedding, linear, merge_heads, mlp, norm, project_heads};
+pub use layers::{embedding, join_heads, linear, merge_heads, mlp, norm, project_heads, split_heads, swiglu};
 pub use loss::{cross_entropy, token_scores};
 
 /// An address on a GPU.
