@@ -25,7 +25,9 @@
 //! ```
 
 mod error;
+mod files;
 pub mod gpt;
+pub mod hub;
 pub mod llama;
 pub mod ops;
 
