@@ -4,6 +4,7 @@
 //! keys, tied heads, how positions are stretched) is in [`LlamaConfig`], read from a Hugging Face `config.json`.
 
 mod config;
+mod gguf;
 mod load;
 mod matrix;
 mod model;
@@ -11,6 +12,7 @@ mod parameters;
 mod rope;
 
 pub use config::{Architecture, LandmarkConfig, LlamaConfig};
+pub use gguf::Gguf;
 pub use matrix::Matrix;
 pub use model::Llama;
 pub use rope::RopeScaling;
