@@ -1,12 +1,21 @@
-"""Peers of `landmark train` on a GPU: a training step of a dense PyTorch GPT of the seed's size, compiled, and of the authors' landmark model.
+"""Training steps on a GPU: `landmark train`, a dense PyTorch GPT of the same size, compiled, and the authors' landmark model, eager and compiled.
 
-usage: gpt_cuda.py [--authors DIR] [--batch 16] [--length 512]; DIR is a checkout of epfml/landmark-attention. Prints a line of JSON each.
-bf16 autocast, fused AdamW, 12 layers of 1024, 8 heads, vocabulary 50304, as `landmark train --model landmark --acc_steps 1` is with its defaults.
+usage: gpt_cuda.py --landmark BINARY --dataset NAME --data_dir DIR [--authors DIR] [--json FILE]
+
+DIR of --authors is a checkout of epfml/landmark-attention, the data set is one of `landmark prepare` with GPT-2's tokenizer. bf16 autocast, fused
+AdamW, 12 layers of 1024, 8 heads, vocabulary 50304. Each side runs in a process of its own, ours and the dense one first; a side that is not done
+after --seconds is named with that. Tokens per second are by the median step, ours as `landmark train` logs them; memory is all that the process
+holds on the GPU, at its most.
 """
 
 import argparse
 import json
+import os
+import statistics
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 import types
 
@@ -77,44 +86,125 @@ def authors(folder, length):
     return model, lambda m, ids, targets: m(ids, targets=targets)["loss"]
 
 
-def measure(name, model, loss_of, batch, length, compiled):
+def measure(name, batch, length, folder):
+    """One peer in this process: prints a line of JSON."""
+    torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
-    torch.cuda.reset_peak_memory_stats()
+    if name.startswith("dense"):
+        model, loss_of = Dense(length), lambda m, ids, targets: m(ids, targets)
+    else:
+        model, loss_of = authors(folder, length)
     model = model.cuda().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
-    run = torch.compile(model) if compiled else model
+    run = torch.compile(model) if name.endswith("compiled") else model
     ids = torch.randint(0, 50000, (batch, length), device="cuda")
     ids[:, MEM_FREQ :: MEM_FREQ + 1] = LANDMARK
     targets = torch.randint(0, 50000, (batch, length), device="cuda")
 
     def step():
+        start = time.perf_counter()
         with torch.autocast("cuda", torch.bfloat16):
             loss = loss_of(run, ids, targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss
+        loss.item()
+        return time.perf_counter() - start
 
     for _ in range(8):
         step()
-    torch.cuda.synchronize()
-    start, steps = time.perf_counter(), 30
-    for _ in range(steps):
-        step().item()
-    seconds = (time.perf_counter() - start) / steps
-    memory = torch.cuda.max_memory_allocated() / 2**30
-    print(json.dumps({"peer": name, "batch": batch, "length": length, "tokens_per_second": round(batch * length / seconds),
-                      "peak_GiB": round(memory, 1), "torch": torch.__version__}), flush=True)  # fmt: skip
+    seconds = statistics.median(step() for _ in range(40))
+    print(json.dumps({"tokens_per_second": batch * length / seconds}), flush=True)
+
+
+def ours(args, batch, length, folder):
+    """`landmark train` for some steps: the command, and how to read what it leaves."""
+    command = [
+        args.landmark, "train", "--dataset", args.dataset, "--data_dir", args.data_dir, "--model", "landmark", "--n_embd", str(WIDTH),
+        "--n_head", str(HEADS), "--n_layer", str(LAYERS), "--batch_size", str(batch), "--sequence_length", str(length), "--acc_steps", "1",
+        "--vocab_size", str(VOCABULARY), "--mem_freq", str(MEM_FREQ), "--device", "cuda", "--iterations", "80", "--eval_freq", "1000",
+        "--results_base_folder", folder, "--exp_name", "speed",
+    ]  # fmt: skip
+
+    def read(_):
+        with open(os.path.join(folder, args.dataset, "landmark", "speed", "metrics.jsonl")) as file:
+            rows = [json.loads(line).get("tokens_per_second") for line in file]
+        return statistics.median([speed for speed in rows if speed][20:])
+
+    return command, read
+
+
+def in_process(command, read, seconds):
+    """Runs a side and returns tokens per second and GiB on the GPU, or why there are none."""
+    used = lambda: int(subprocess.check_output(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]).split()[0])
+    before, most, done = used(), 0, threading.Event()
+
+    def watch():
+        nonlocal most
+        while not done.wait(0.5):
+            most = max(most, used())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        if output.returncode:
+            reason = (output.stderr.strip() or output.stdout.strip() or "no output").splitlines()[-1]
+            return {"failed": f"exit code {output.returncode}: {reason[:300]}"}
+        speed = read(output.stdout)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {seconds} s"}
+    finally:
+        done.set()
+        watcher.join()
+    took = time.perf_counter() - start
+    return {"tokens_per_second": round(speed), "GiB": round((most - before) / 1024, 1), "seconds": round(took, 1)}
+
+
+def main(args):
+    def peer(name, batch, length):
+        command = [sys.executable, __file__, "--peer", name, "--batch", str(batch), "--length", str(length)]
+        return command + (["--authors", args.authors] if args.authors else []), lambda out: json.loads(out.splitlines()[-1])["tokens_per_second"]
+
+    plan = [(name, *shape) for shape in ((16, 512), (4, 2048)) for name in ("landmark train", "dense, compiled")]
+    if args.authors:
+        plan += [("authors, eager", 16, 512), ("authors, compiled", 16, 512)]
+    rows = []
+    for name, batch, length in plan:
+        with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
+            command, read = ours(args, batch, length, folder) if name == "landmark train" else peer(name, batch, length)
+            rows.append({"side": name, "batch": batch, "length": length, **in_process(command, read, args.seconds)})
+        print(rows[-1], file=sys.stderr, flush=True)
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}\n")
+    print("| batch x T | side | tokens/s | ms a step | GiB | ours / theirs |\n| --- | --- | ---: | ---: | ---: | ---: |")
+    for row in rows:
+        shape, speed = (row["batch"], row["length"]), row.get("tokens_per_second")
+        mine = next(other.get("tokens_per_second") for other in rows if (other["batch"], other["length"]) == shape)
+        row["ratio"] = round(mine / speed, 3) if mine and speed else None
+        cells = row["failed"] if not speed else f"{speed:,} | {1e3 * shape[0] * shape[1] / speed:.2f} | {row['GiB']} | {row['ratio'] or ''}"
+        print(f"| {shape[0]} x {shape[1]} | {row['side']} | {cells} |")
+    if args.json:
+        with open(args.json, "w") as file:
+            file.writelines(json.dumps({**row, "device": torch.cuda.get_device_name(), "torch": torch.__version__}) + "\n" for row in rows)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--landmark")
+    parser.add_argument("--dataset", default="pg19")
+    parser.add_argument("--data_dir", default="data")
     parser.add_argument("--authors")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--json")
+    parser.add_argument("--seconds", type=int, default=300, help="for each side; the authors' code takes minutes to compile")
+    parser.add_argument("--scratch", help="a folder on a disk with 3 GB free")
+    parser.add_argument("--peer", help=argparse.SUPPRESS)
+    parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_float32_matmul_precision("high")
-    measure("dense, compiled", Dense(args.length), lambda m, ids, targets: m(ids, targets), args.batch, args.length, True)
-    if args.authors:
-        model, loss_of = authors(args.authors, args.length)
-        measure("authors' landmark model, compiled", model, loss_of, args.batch, args.length, True)
+    if args.peer:
+        measure(args.peer, args.batch, args.length, args.authors)
+    elif not args.landmark:
+        parser.error("--landmark: the binary to measure")
+    else:
+        main(args)

@@ -3,5 +3,9 @@
 use landmark_nvcc::{GENERAL, compile};
 
 fn main() {
-    compile("landmark_layers", "src/ops/cuda", &[("layers", GENERAL), ("loss", GENERAL)]);
+    compile(
+        "landmark_layers",
+        "src/ops/cuda",
+        &[("layers", GENERAL), ("loss", GENERAL), ("norm", GENERAL), ("tune", GENERAL)],
+    );
 }

@@ -22,6 +22,12 @@ pub trait Attend {
     ) -> Result<Option<(Tensor, AttendBackward)>> {
         Ok(None)
     }
+
+    /// What gives for each layer again what this gives for it now, to a caller that computes layers twice. `None` from an implementation whose
+    /// layers leave something behind, as a cache's do.
+    fn again(&self) -> Option<Box<dyn Attend + Send>> {
+        None
+    }
 }
 
 /// Turns the gradient of an attention's output into those of q, k and v.

@@ -23,7 +23,7 @@ pub enum Pairs {
 }
 
 /// A rotary embedding: the frequencies and which channels form a pair.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
     inv_freq: Vec<f64>,
     pairs: Pairs,

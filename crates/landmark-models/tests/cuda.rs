@@ -4,7 +4,8 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use landmark_models::IGNORE;
-use landmark_models::ops::{self, Activation, Mlp, NormKind};
+use landmark_models::gpt::{Gpt, GptConfig, WindowAttention};
+use landmark_models::ops::{self, Activation, Mlp, NormKind, Recording, Rounded};
 
 const CPU: Device = Device::Cpu;
 
@@ -77,7 +78,8 @@ fn norms() {
 
 #[test]
 fn linear_maps() {
-    for (n, n_in, n_out) in [(7, 24, 40), (130, 384, 1152), (1, 64, 8)] {
+    // The last is large enough for a choice among algorithms.
+    for (n, n_in, n_out) in [(7, 24, 40), (130, 384, 1152), (1, 64, 8), (4096, 1024, 1024)] {
         let (x, w, b) = (values(1, &[n, n_in]), values(2, &[n_out, n_in]), values(3, &[n_out]));
         compare("linear", &[x, w, b], |v, dtype| Ok(vec![ops::linear(&v[0].to_dtype(dtype)?, &v[1], Some(&v[2]))?]));
     }
@@ -90,6 +92,11 @@ fn heads() {
         let (x, w) = (values(1, &[batch, time, c]), values(2, &[3 * c, c]));
         compare("project_heads", &[x.clone(), w], |v, dtype| {
             Ok(ops::project_heads(&v[0].to_dtype(dtype)?, &v[1], None, heads)?.to_vec())
+        });
+        let (w, norm) = (values(2, &[3 * c, c]), values(5, &[dim]));
+        compare("norms of heads", &[x.clone(), w, norm], |v, dtype| {
+            let heads = ops::project_heads(&v[0].to_dtype(dtype)?, &v[1], None, heads)?;
+            heads.iter().map(|heads| ops::norm(heads, NormKind::Rms, &v[2], None, dtype)).collect()
         });
         let (o, w) = (values(3, &[batch, heads, time, dim]), values(4, &[c, c]));
         compare("merge_heads", &[o, w, x], |v, dtype| {
@@ -176,4 +183,41 @@ fn cross_entropy() {
             }
         }
     }
+}
+
+#[test]
+fn copies_of_parameters_change_no_bit() {
+    let Some(gpu) = gpu() else { return };
+    let config = GptConfig {
+        vocab_size: 300,
+        landmark_id: 299,
+        n_embd: 128,
+        n_head: 2,
+        n_layer: 2,
+        sequence_length: 80,
+        mem_freq: Some(15),
+        ..GptConfig::default()
+    };
+    let model = Gpt::init(&config, 1, DType::F32, &gpu).unwrap().with_activations(DType::BF16).unwrap();
+    let id = |i: u32| if i % 16 == 15 { 299 } else { i * 31 % 298 };
+    let ids = Tensor::from_iter((0..240).map(id), &CPU).unwrap().reshape((3, 80)).unwrap();
+    let run = |rounded: &Rounded| {
+        let recording = Recording::start(rounded);
+        let mut attention = WindowAttention::new(&config, &ids, Some(1)).unwrap();
+        let hidden = model.hidden(&ids, &mut attention, Some(1)).unwrap();
+        let loss = model.loss(&hidden, &ids, None).unwrap();
+        let mut gradients = recording.backward(&loss).unwrap();
+        let gradient = |var| gradients.remove(var).expect("of every parameter").flatten_all().unwrap();
+        let gradients: Vec<_> = model.parameters().values().map(gradient).collect();
+        let bits = |x: &Tensor| x.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        (loss.to_scalar::<f32>().unwrap(), gradients.iter().map(bits).collect::<Vec<_>>())
+    };
+    let matrices = model.parameters().values().filter(|var| var.rank() == 2);
+    let copies = matrices.map(|var| (var.clone(), var.as_detached_tensor().to_dtype(DType::BF16).unwrap())).collect();
+    let expected = run(&Rounded::default());
+    assert_eq!(run(&copies), expected);
+    // They are read: others give something else.
+    let matrices = model.parameters().values().filter(|var| var.rank() == 2);
+    let zeros = matrices.map(|var| (var.clone(), Tensor::zeros(var.shape(), DType::BF16, &gpu).unwrap())).collect();
+    assert_ne!(run(&zeros).0, expected.0);
 }

@@ -2,9 +2,13 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{DType, Device, Tensor};
-use landmark_models::gpt::{Gpt, GptConfig, PositionalEncoder, Variant, WindowAttention};
+use landmark_attention::Attend;
+use landmark_models::gpt::{Gpt, GptConfig, MlpKind, NegativeRows, Norm, PositionalEncoder, Variant, WindowAttention};
+use landmark_models::ops::{Recording, Rounded};
 use landmark_models::{Error, IGNORE};
 
 const CPU: Device = Device::Cpu;
@@ -86,6 +90,53 @@ fn every_variant_trains() {
         assert!(loss.is_finite());
         assert!(grads.iter().flatten().all(|bits| f32::from_bits(*bits).is_finite()));
         assert!(grads.iter().all(|grad| grad.iter().any(|bits| f32::from_bits(*bits) != 0.)), "{:?}", config.model);
+    }
+}
+
+/// Counts the layers that attended.
+struct Counted {
+    attention: Box<dyn Attend + Send>,
+    calls: Arc<AtomicUsize>,
+}
+
+impl Attend for Counted {
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<Tensor> {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        self.attention.attend(layer, q, k, v)
+    }
+
+    fn again(&self) -> Option<Box<dyn Attend + Send>> {
+        Some(Box::new(Counted { attention: self.attention.again()?, calls: self.calls.clone() }))
+    }
+}
+
+#[test]
+fn layers_that_are_computed_again_change_no_bit() {
+    let swiglu = GptConfig { norm: Norm::Rms, mlp: MlpKind::Swiglu, qk_norm: true, ..config() };
+    let miss = GptConfig { model: Variant::LandmarkWithCmt, under_rem_score_prob: Some(0.3), ..config() };
+    let negatives = NegativeRows { negative_rows: 1, negative_share: 1., negative_top_k: 1 };
+    for (config, negatives) in [
+        (config(), None),
+        (GptConfig { bias: true, dropout: 0.2, ..config() }, None),
+        (swiglu, None),
+        (miss, None),
+        (config(), Some((negatives, 0))),
+    ] {
+        let run = |again: bool| {
+            let model = Gpt::init(&config, 1, DType::F32, &CPU).unwrap().with_activation_checkpointing(again);
+            let recording = Recording::start(&Rounded::default());
+            let attention = WindowAttention::with_negatives(&config, &ids(), Some(3), negatives).unwrap();
+            let mut attention = Counted { attention: Box::new(attention), calls: Arc::default() };
+            let hidden = model.hidden(&ids(), &mut attention, Some(3)).unwrap();
+            let loss = model.loss(&hidden, &ids(), None).unwrap();
+            let mut gradients = recording.backward(&loss).unwrap();
+            assert_eq!(attention.calls.load(Ordering::Relaxed), config.n_layer * if again { 2 } else { 1 });
+            let gradient = |p| gradients.remove(p).expect("of every parameter").flatten_all().unwrap();
+            let gradients: Vec<_> = model.parameters().values().map(gradient).collect();
+            let bits = |x: &Tensor| x.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>();
+            (loss.to_scalar::<f32>().unwrap(), gradients.iter().map(bits).collect::<Vec<_>>())
+        };
+        assert_eq!(run(true), run(false), "{config:?}");
     }
 }
 

@@ -48,6 +48,8 @@ struct Slot {
     var: Var,
     decayed: bool,
     state: Vec<Buffer>,
+    /// A copy that is always the parameter in another type.
+    rounded: Option<Tensor>,
 }
 
 /// Updates a model's parameters in place.
@@ -77,7 +79,7 @@ impl Optimizer {
             let zeros = |shape: &[usize]| Buffer::zeros(var.device(), var.dtype(), shape.iter().product());
             let states = method.states(var.dims());
             let state = states.iter().map(|(_, shape)| zeros(shape)).collect::<candle_core::Result<_>>()?;
-            Ok(Slot { name: name.clone(), var: var.clone(), decayed: decays(name, var), state })
+            Ok(Slot { name: name.clone(), var: var.clone(), decayed: decays(name, var), state, rounded: None })
         };
         let on_gpu = parameters.values().any(|var| !var.device().is_cpu());
         if on_gpu && !matches!(method, Method::AdamW { .. }) {
@@ -103,6 +105,20 @@ impl Optimizer {
         })
     }
 
+    /// From now on each step also writes the matrices, as they come to be, in bf16. Only on a GPU.
+    #[cfg(feature = "cuda")]
+    pub fn keep_rounded(&mut self) -> Result<()> {
+        for slot in self.slots.iter_mut().filter(|slot| slot.var.rank() == 2) {
+            slot.rounded = Some(slot.var.as_detached_tensor().to_dtype(candle_core::DType::BF16)?);
+        }
+        Ok(())
+    }
+
+    /// What [`Optimizer::keep_rounded`] asked for, until the next step.
+    pub fn rounded(&self) -> ops::Rounded {
+        self.slots.iter().filter_map(|slot| Some((slot.var.clone(), slot.rounded.clone()?))).collect()
+    }
+
     /// No gradients yet.
     pub fn gradients(&self) -> Gradients {
         Gradients(self.slots.iter().map(|_| None).collect())
@@ -112,8 +128,7 @@ impl Optimizer {
     pub fn accumulate(&self, gradients: &mut Gradients, store: &mut ops::Gradients) -> Result<()> {
         #[cfg(feature = "cuda")]
         if let Some(gpu) = &self.gpu {
-            let new =
-                self.slots.iter().map(|slot| store.remove(&slot.var).map(|gradient| gradient.contiguous()).transpose());
+            let new = self.slots.iter().map(|slot| store.remove(&slot.var).map(crate::cuda::aligned).transpose());
             let new = new.collect::<candle_core::Result<Vec<_>>>()?;
             let pairs: Vec<_> = gradients.0.iter().zip(&new).map(|(sum, new)| sum.as_ref().zip(new.as_ref())).collect();
             if pairs.iter().any(Option::is_some) {
@@ -196,8 +211,8 @@ impl Optimizer {
                 unreachable!("AdamW on a GPU has two moments there");
             };
             let decay = if slot.decayed { self.weight_decay } else { 0. };
-            let (var, gradient) = (&slot.var, gradient.as_ref());
-            crate::cuda::Operands { var, gradient, moments: [first, second], keep: 1. - rate * decay }
+            let (var, gradient, rounded) = (&slot.var, gradient.as_ref(), slot.rounded.as_ref());
+            crate::cuda::Operands { var, gradient, moments: [first, second], rounded, keep: 1. - rate * decay }
         });
         Ok(gpu.adamw(&operands.collect::<Vec<_>>(), &step, self.clip)?)
     }

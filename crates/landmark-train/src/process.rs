@@ -6,7 +6,7 @@ use landmark_attention::Dropout;
 use landmark_data::{Batch, IGNORE};
 use landmark_memory::XlCache;
 use landmark_models::gpt::{Gpt, NegativeRows, WindowAttention};
-use landmark_models::ops::Recording;
+use landmark_models::ops::{Recording, Rounded};
 use serde::{Deserialize, Serialize};
 
 /// How a model reads a batch.
@@ -28,33 +28,32 @@ pub enum Process {
 }
 
 impl Process {
-    /// Runs a model over a batch. `each` is given every window that has targets, in order. `seed` is that of a training step, and `negatives`
-    /// are for one.
+    /// Runs a model over a batch, for a training step or to evaluate it. `each` is given every window that has targets, in order.
     pub(crate) fn read(
         &self,
         model: &Gpt,
         batch: &Batch,
-        seed: Option<u64>,
-        negatives: Option<NegativeRows>,
+        training: Option<Training>,
         mut each: impl FnMut(Read) -> Result<()>,
     ) -> Result<()> {
         let config = model.config();
         let length = batch.sequence_length;
         let &Self::TransformerXl { mem_cache_size, .. } = self else {
             let window = Window::new(batch, 0, length)?;
-            let negatives = negatives.map(|negatives| (negatives, batch.exercises));
+            let negatives = training.as_ref().and_then(|training| Some((training.negatives?, batch.exercises)));
+            let seed = training.as_ref().map(|training| training.seed);
             let mut attention = WindowAttention::with_negatives(config, &window.ids, seed, negatives)?;
-            let recording = seed.map(|_| Recording::start());
+            let recording = training.map(|training| Recording::start(&training.rounded));
             let hidden = model.hidden(&window.ids, &mut attention, seed)?;
             return each(Read { hidden, targets: window.targets, weights: window.weights, recording });
         };
         let mut cache = XlCache::new(config.n_layer, mem_cache_size, config.rope());
         for (index, from) in (0..length).step_by(config.sequence_length).enumerate() {
             let window = Window::new(batch, from, length.min(from + config.sequence_length))?;
-            let seed = seed.map(|seed| mix(seed, index as u64));
+            let seed = training.as_ref().map(|training| mix(training.seed, index as u64));
             let weights = config.dropout as f32;
             cache.set_dropout(seed.filter(|_| weights > 0.).map(|seed| Dropout { weights, groups: 0., seed }));
-            let recording = seed.map(|_| Recording::start());
+            let recording = training.as_ref().map(|training| Recording::start(&training.rounded));
             let hidden = model.hidden(&window.ids, &mut cache, seed)?;
             if window.has_targets {
                 each(Read { hidden, targets: window.targets, weights: window.weights, recording })?;
@@ -62,6 +61,15 @@ impl Process {
         }
         Ok(())
     }
+}
+
+/// What a training step is read with.
+pub(crate) struct Training {
+    /// Of all that is random in it.
+    pub seed: u64,
+    pub negatives: Option<NegativeRows>,
+    /// The parameters in the activations' type, if the optimizer keeps them.
+    pub rounded: Rounded,
 }
 
 /// What a model made of a window.

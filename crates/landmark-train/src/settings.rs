@@ -79,10 +79,13 @@ pub struct Settings {
     pub save_checkpoint_freq: Option<usize>,
     /// Keep only the newest so many checkpoints.
     pub keep_checkpoints: Option<usize>,
+    /// Keep of a step the inputs of the layers alone, and compute the layers again on the way back: less memory, more time, the same bits.
+    #[serde(default)]
+    pub activation_checkpointing: bool,
 }
 
 /// Settings that change no weight: a run may be resumed with other ones.
-const FREE: [&str; 3] = ["eval_freq", "save_checkpoint_freq", "keep_checkpoints"];
+const FREE: [&str; 4] = ["eval_freq", "save_checkpoint_freq", "keep_checkpoints", "activation_checkpointing"];
 
 impl Settings {
     /// The reference's defaults for the training of this model.
@@ -107,6 +110,7 @@ impl Settings {
             eval_freq: 200,
             save_checkpoint_freq: None,
             keep_checkpoints: None,
+            activation_checkpointing: false,
         }
     }
 
@@ -145,6 +149,11 @@ impl Settings {
                 let message =
                     format!("{total_sequence_length} is less than --sequence_length, of which it is a number");
                 return Err(Error::setting("total_sequence_length", message));
+            }
+            if self.activation_checkpointing {
+                let message =
+                    "a window of transformer_xl leaves something behind for the next: it cannot be computed again";
+                return Err(Error::setting("activation_checkpointing", message));
             }
             if mem_cache_size == 0 {
                 return Err(Error::setting("mem_cache_size", "0 is too small, expected at least 1"));

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::optimizer::Optimizer;
-use crate::process::{Process, mix};
+use crate::process::{Process, Training, mix};
 use crate::schedule::Schedule;
 use crate::settings::Settings;
 use candle_core::{DType, Tensor};
@@ -54,7 +54,14 @@ impl Trainer {
     /// A trainer that has made no step.
     pub fn new(settings: &Settings, model: Gpt) -> Result<Self> {
         settings.check()?;
-        let optimizer = Optimizer::new(model.parameters(), settings.opt, settings.weight_decay, settings.grad_clip)?;
+        let model = model.with_activation_checkpointing(settings.activation_checkpointing);
+        #[cfg_attr(not(feature = "cuda"), allow(unused_mut))]
+        let mut optimizer =
+            Optimizer::new(model.parameters(), settings.opt, settings.weight_decay, settings.grad_clip)?;
+        #[cfg(feature = "cuda")]
+        if model.activations() == DType::BF16 {
+            optimizer.keep_rounded()?;
+        }
         let (schedule, process) = (settings.schedule(), settings.optimization_process);
         let Settings { negatives, seed, .. } = *settings;
         Ok(Self { model, optimizer, schedule, process, negatives, seed, iteration: 0 })
@@ -66,10 +73,12 @@ impl Trainer {
         // Read at the end: reading waits for the device.
         let mut losses = Vec::new();
         let mut tokens = 0;
+        let rounded = self.optimizer.rounded();
         for (micro, batch) in batches.into_iter().enumerate() {
             // Seeds all that is random in training.
             let seed = mix(mix(self.seed, self.iteration as u64), micro as u64);
-            self.process.read(&self.model, &batch, Some(seed), self.negatives, |read| {
+            let training = Training { seed, negatives: self.negatives, rounded: rounded.clone() };
+            self.process.read(&self.model, &batch, Some(training), |read| {
                 let loss = self.model.loss(&read.hidden, &read.targets, read.weights.as_ref())?;
                 let recording = read.recording.expect("a training step is recorded");
                 self.optimizer.accumulate(&mut gradients, &mut recording.backward(&loss)?)?;
@@ -127,7 +136,7 @@ pub fn evaluate(model: &Gpt, process: Process, batches: impl IntoIterator<Item =
     let model = model.detached();
     let (mut loss, mut windows, mut correct, mut targets) = (0., 0, 0, 0);
     for batch in batches {
-        process.read(&model, &batch, None, None, |read| {
+        process.read(&model, &batch, None, |read| {
             let scores = model.token_scores(&read.hidden, &read.targets)?;
             let scores = || scores.iter().flatten();
             let window_targets = scores().count();

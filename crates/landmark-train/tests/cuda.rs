@@ -98,6 +98,9 @@ fn a_seed_gives_the_same_bits_also_when_stopped_and_resumed() {
     let (losses, model) = run(&settings, &gpu, None, None);
     let (again, same) = run(&settings, &gpu, None, None);
     assert_eq!((&losses, bits(&model)), (&again, bits(&same)));
+    let recomputed = Settings { activation_checkpointing: true, ..settings.clone() };
+    let (again, same) = run(&recomputed, &gpu, None, None);
+    assert_eq!((&losses, bits(&model)), (&again, bits(&same)), "with activation checkpointing");
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path().join("run");
     let (first, _) = run(&settings, &gpu, Some(&folder), Some(17));

@@ -109,7 +109,7 @@ constexpr int CONSUMERS = 2;  // warpgroups that compute; one more loads
 constexpr int HOPPER_THREADS = 128 * (CONSUMERS + 1);
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// The blocks of a row. REGULAR: every p.block keys, the landmark in the last of the G groups that a block takes.
+// The blocks of a row. REGULAR: every p.block keys.
 template <bool REGULAR> struct Blocks {
     const Params &p;
     int b;
@@ -127,26 +127,15 @@ template <bool REGULAR> struct Blocks {
     }
 };
 
-// `f` of a constant: the group where a landmark is, the last of G if blocks are regular, and none if it is no group. Registers have
-// no index: a jump to the right code is cheaper than a choice among all.
-template <int G, bool REGULAR, typename F> __device__ __forceinline__ void at_group(int group, F f) {
-    using std::integral_constant;
-    if constexpr (REGULAR) {
-        f(integral_constant<int, G - 1>());
-    } else {
-        static_assert(G == 8);
-        switch (group) {
-            case 0: f(integral_constant<int, 0>()); break;
-            case 1: f(integral_constant<int, 1>()); break;
-            case 2: f(integral_constant<int, 2>()); break;
-            case 3: f(integral_constant<int, 3>()); break;
-            case 4: f(integral_constant<int, 4>()); break;
-            case 5: f(integral_constant<int, 5>()); break;
-            case 6: f(integral_constant<int, 6>()); break;
-            case 7: f(integral_constant<int, 7>()); break;
-        }
-    }
-}
+// A block ends in the last slot of its groups, so that the landmark's place is the same whatever the block's length. The slots before its
+// first key have keys of the block before it. The last slot of a piece of an unfinished block has a key of the next piece.
+__device__ __forceinline__ int slots_before(const Block &block, int groups) { return max(8 * groups - block.n, 0); }
+__device__ __forceinline__ int key_of_slot_0(const Block &block, int groups) { return block.start - slots_before(block, groups); }
+
+// The maximum of a block of which nothing is seen, or that has nothing but its landmark: finite, so that the powers relative to it are 0.
+constexpr float LOWEST = -1e30f;
+// One over the sum of a block's powers, which is about 1 or more, or 0 where nothing is seen: then nothing is shared out.
+__device__ __forceinline__ float inverse_of(float sum) { return __fdividef(1.f, fmaxf(sum, 0.5f)); }
 
 // Raw scores of a block, 64 queries a warpgroup. First half of its softmax: the landmark's score and the block's maximum in base 2, and
 // in place of the scores their powers relative to the maximum, 0 where nothing is seen.
@@ -156,53 +145,51 @@ template <int G> struct InnerSoftmax {
 
     template <bool MASKED, bool REGULAR>
     __device__ __forceinline__ void run(float (&s)[4 * G], const Block &block, const int (&position)[2], float scale) {
-        // The usual places of a listed block's landmark have code of their own where no query is masked, the hot case.
+        // The usual lengths of listed blocks have code of their own where no query is masked, the hot case: it leaves out empty groups.
         if constexpr (REGULAR) {
-            apply<MASKED, G - 1>(s, block, position, scale);
+            apply<MASKED, 0>(s, block, position, scale);
         } else if constexpr (MASKED) {
             apply<MASKED, -1>(s, block, position, scale);
         } else {
-            switch ((block.n - 1) / 8) {
-                case 7: apply<MASKED, 7>(s, block, position, scale); break;
-                case 6: apply<MASKED, 6>(s, block, position, scale); break;
-                case 5: apply<MASKED, 5>(s, block, position, scale); break;
-                case 4: apply<MASKED, 4>(s, block, position, scale); break;
+            switch (slots_before(block, G) / 8) {
+                case 0: apply<MASKED, 0>(s, block, position, scale); break;
+                case 1: apply<MASKED, 1>(s, block, position, scale); break;
+                case 2: apply<MASKED, 2>(s, block, position, scale); break;
+                case 3: apply<MASKED, 3>(s, block, position, scale); break;
                 default: apply<MASKED, -1>(s, block, position, scale);
             }
         }
     }
 
   private:
-    // LAST: the group of the landmark, or -1 if it may be any or none.
-    template <bool MASKED, int LAST>
+    // FIRST: the group of the first key, or -1 if it may be any.
+    template <bool MASKED, int FIRST>
     __device__ __forceinline__ void apply(float (&s)[4 * G], const Block &block, const int (&position)[2], float scale) {
-        const int lane = threadIdx.x % 32, t = lane % 4, last = block.n - 1, column = last % 8;
-        constexpr int USED = LAST < 0 ? G : LAST + 1;
-        float mine[2] = {0, 0};
-        auto fetch = [&](auto constant) {
-            constexpr int i = decltype(constant)::value;
-            for (int r = 0; r < 2; r++) mine[r] = column & 1 ? s[4 * i + 2 * r + 1] : s[4 * i + 2 * r];
-        };
-        if constexpr (LAST >= 0)
-            fetch(std::integral_constant<int, LAST>());
-        else
-            at_group<G, false>(last / 8, fetch);
+        constexpr int EMPTY = FIRST < 0 ? 0 : FIRST;
+        const int lane = threadIdx.x % 32, t = lane % 4, before = slots_before(block, G), first = block.start - before;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            landmark[r] = __shfl_sync(~0u, mine[r], (lane & ~3) | (column >> 1)) * scale;
+            landmark[r] = __shfl_sync(~0u, s[4 * G - 3 + 2 * r], lane | 3) * scale;
             past[r] = !MASKED || position[r] >= block.start + block.n;
-            float high = NEGATIVE_INFINITY;
+            if (t == 3) s[4 * G - 3 + 2 * r] = NEGATIVE_INFINITY;
+        }
 #pragma unroll
-            for (int i = 0; i < USED; i++) {
+        for (int i = 0; i < G; i++) {
+            // One branch for the whole warp.
+            if (FIRST < 0 ? 8 * i >= before : i != FIRST) continue;
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (8 * i + 2 * t + e % 2 < before) s[4 * i + e] = NEGATIVE_INFINITY;
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float high = LOWEST;
+#pragma unroll
+            for (int i = EMPTY; i < G; i++) {
                 float &a = s[4 * i + 2 * r], &b = s[4 * i + 2 * r + 1];
-                const int slot = 8 * i + 2 * t;
-                // One branch for the whole warp: most groups lie before the landmark.
-                if (LAST < 0 ? last < 8 * i + 8 : i == LAST) {
-                    if (slot >= last) a = NEGATIVE_INFINITY;
-                    if (slot + 1 >= last) b = NEGATIVE_INFINITY;
-                }
-                if (MASKED && block.start + slot > position[r]) a = NEGATIVE_INFINITY;
-                if (MASKED && block.start + slot + 1 > position[r]) b = NEGATIVE_INFINITY;
+                const int key = first + 8 * i + 2 * t;
+                if (MASKED && key > position[r]) a = NEGATIVE_INFINITY;
+                if (MASKED && key + 1 > position[r]) b = NEGATIVE_INFINITY;
                 high = fmaxf(high, fmaxf(a, b));
             }
             max[r] = high;
@@ -211,19 +198,17 @@ template <int G> struct InnerSoftmax {
         for (int r = 0; r < 2; r++) max[r] = quad_max(max[r]) * scale;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            // Only a block without ordinary tokens (its landmark follows a landmark) has no maximum when nothing is masked.
-            const float base = MASKED || LAST < 0 ? finite(max[r]) : max[r];
             float total = 0;
 #pragma unroll
-            for (int i = 0; i < USED; i++)
+            for (int i = 0; i < EMPTY; i++) s[4 * i + 2 * r] = s[4 * i + 2 * r + 1] = 0;
+#pragma unroll
+            for (int i = EMPTY; i < G; i++)
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float &score = s[4 * i + 2 * r + e];
-                    score = power2(score * scale - base);
+                    score = power2(score * scale - max[r]);
                     total += score;
                 }
-#pragma unroll
-            for (int i = USED; i < G; i++) s[4 * i + 2 * r] = s[4 * i + 2 * r + 1] = 0;
             sum[r] = total;
         }
 #pragma unroll

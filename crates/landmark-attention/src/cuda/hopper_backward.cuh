@@ -3,10 +3,9 @@
 #include "hopper.cuh"
 
 // Powers to weights (in `s`) and dP to ds, for a block.
-template <int G, bool REGULAR>
-__device__ __forceinline__ void gradients(float (&s)[G * 4], float (&dp)[G * 4], const InnerSoftmax<G> &inner, const Block &block,
-                                          const float (&lse)[2], const float (&delta)[2]) {
-    const int t = threadIdx.x % 4, last = block.n - 1, column = last % 8;
+template <int G>
+__device__ __forceinline__ void gradients(float (&s)[G * 4], float (&dp)[G * 4], const InnerSoftmax<G> &inner, const float (&lse)[2],
+                                          const float (&delta)[2]) {
     float dot[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < G; i++)
@@ -18,8 +17,7 @@ __device__ __forceinline__ void gradients(float (&s)[G * 4], float (&dp)[G * 4],
     for (int r = 0; r < 2; r++) {
         const bool past = inner.past[r];
         const float share = power2((past ? inner.landmark[r] : inner.max[r]) - lse[r]);
-        // A landmark that follows a landmark has a block of nothing: its share is lost.
-        const float inverse = REGULAR || inner.sum[r] > 0 ? __fdividef(1.f, inner.sum[r]) : 0.f;
+        const float inverse = inverse_of(inner.sum[r]);
         const float factor = past ? share * inverse : share, mean = past ? dot[r] * inverse : delta[r];
         const float ds_landmark = past ? share * (mean - delta[r]) : 0.f;
 #pragma unroll
@@ -30,11 +28,7 @@ __device__ __forceinline__ void gradients(float (&s)[G * 4], float (&dp)[G * 4],
                 w *= factor;
                 d = w * (d - mean);
             }
-        at_group<G, REGULAR>(last / 8, [&](auto constant) {
-            constexpr int i = decltype(constant)::value;
-            for (int e = 0; e < 2; e++)
-                if (2 * t + e == column) dp[4 * i + 2 * r + e] = ds_landmark;
-        });
+        dp[4 * G - 3 + 2 * r] = threadIdx.x % 4 == 3 ? ds_landmark : dp[4 * G - 3 + 2 * r];
     }
 }
 
@@ -93,7 +87,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_query_gradient_kerne
                     tensor_load(shared.dout[w] + c * Shape::PANEL, maps.dout, &shared.q_full, 64 * c, first + 64 * w, h, b);
                 }
             for (int n = 0; n < seen; n++) {
-                const int stage = n % Shape::STAGES, key = blocks.at(n).start;
+                const int stage = n % Shape::STAGES, key = key_of_slot_0(blocks.at(n), G);
                 uint64_t *full = shared.ring_k.fill(n, Shape::PANELS * G * 1024);
                 for (int c = 0; c < Shape::PANELS; c++)
                     tensor_load(shared.k[stage] + c * Shape::PANEL, maps.k, full, 64 * c, key, kv_head, b);
@@ -127,9 +121,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_query_gradient_kerne
             issue_abt<T, D>(dp, shared.dout[group], Shape::PANEL, shared.v[n % Shape::STAGES], Shape::PANEL);
             products_commit();
         };
-        Block block;
         auto softmax = [&](int n) {
-            block = blocks.at(n);
+            const Block block = blocks.at(n);
             if (n >= behind)
                 inner.template run<true, REGULAR>(s, block, position, scale);
             else
@@ -148,7 +141,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_query_gradient_kerne
         shared.ring_v.release(0);
         softmax(0);
         for (int n = 0; n + 1 < seen; n++) {
-            gradients<G, REGULAR>(s, dp, inner, block, lse, delta);
+            gradients<G>(s, dp, inner, lse, delta);
             pack_operand<T, G>(ds, dp);
             scores(n + 1);
             add(n);
@@ -160,7 +153,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_query_gradient_kerne
             shared.ring_k.release(n);
             shared.ring_v.release(n + 1);
         }
-        gradients<G, REGULAR>(s, dp, inner, block, lse, delta);
+        gradients<G>(s, dp, inner, lse, delta);
         pack_operand<T, G>(ds, dp);
         add(seen - 1);
         products_wait<0>();
@@ -204,6 +197,92 @@ template <typename T, int G> __device__ __forceinline__ void store_panel(unsigne
 
 __device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
+// The groups that a block takes in the kernel of dk and dv, where a warpgroup has the same block all along.
+template <int G, bool REGULAR> __device__ __forceinline__ int groups_of(const Block &block) { return !REGULAR && block.n <= 56 ? 7 : G; }
+
+// dk and dv of a warpgroup's block in G groups. `tiles` of queries a head see it, from `first_tile` on.
+template <typename T, int D, int G, bool REGULAR, typename Shared>
+__device__ __forceinline__ void key_gradient(const Params &p, Shared &shared, const Block &block, int group, int b, int kv_head, int first_tile, int tiles) {
+    using Shape = HopperKeyGradient<D>;
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const int history = p.kv_len - p.q_len, heads = p.heads / p.kv_heads, total = tiles * heads, first_key = key_of_slot_0(block, G);
+    const float scale = p.scale * LOG2_E;
+    float s[4 * G], dp[4 * G], dk[D / 2] = {}, dv[D / 2] = {};
+    barrier_wait(&shared.keys_full, 0);
+    InnerSoftmax<G> inner;
+    float lse[2], delta[2];
+    auto scores = [&](int n) {
+        shared.ring.wait(n);
+        products_begin();
+        issue_abt<T, D>(s, shared.q[n % Shape::STAGES], Shape::PANEL, shared.k[group], Shape::PANEL);
+        products_commit();
+        products_begin();
+        issue_abt<T, D>(dp, shared.dout[n % Shape::STAGES], Shape::PANEL, shared.v[group], Shape::PANEL);
+        products_commit();
+    };
+    auto softmax = [&](int n) {
+        const int step = (first_tile + n % tiles) * Shape::ROWS, row = step + 16 * warp + lane / 4;
+        const int position[2] = {history + row, history + row + 8};
+        load_row_values(p, int64_t(b) * p.heads + kv_head * heads + n / tiles, row, lse, delta);
+        if (history + step < block.start + block.n)
+            inner.template run<true, REGULAR>(s, block, position, scale);
+        else
+            inner.template run<false, REGULAR>(s, block, position, scale);
+    };
+    auto store = [&] {
+        gradients<G>(s, dp, inner, lse, delta);
+        group_barrier(group);  // no warp still reads the last weights
+        store_panel<T, G>(shared.weights[group], s, warp);
+        store_panel<T, G>(shared.ds[group], dp, warp);
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        group_barrier(group);
+    };
+    auto add = [&](int n) {
+        products_begin();
+        const uint64_t weights = descriptor_transposed(shared.weights[group], Shape::PANEL), ds = descriptor_transposed(shared.ds[group], Shape::PANEL);
+        const uint64_t dout = descriptor_transposed(shared.dout[n % Shape::STAGES], Shape::PANEL), q = descriptor_transposed(shared.q[n % Shape::STAGES], Shape::PANEL);
+#pragma unroll
+        for (int i = 0; i < 4; i++) wgmma<T, true, true>(dv, advance(weights, i * 2048), advance(dout, i * 2048), 1);
+#pragma unroll
+        for (int i = 0; i < 4; i++) wgmma<T, true, true>(dk, advance(ds, i * 2048), advance(q, i * 2048), 1);
+        products_commit();
+    };
+    if (total > 0) {
+        scores(0);
+        products_wait<0>();
+        settle(s), settle(dp);
+        softmax(0);
+        for (int n = 0; n + 1 < total; n++) {
+            store();
+            scores(n + 1);
+            add(n);
+            products_wait<2>();
+            settle(s);
+            softmax(n + 1);
+            products_wait<0>();
+            settle(dp), settle(dk), settle(dv);
+            shared.ring.release(n);
+        }
+        store();
+        add(total - 1);
+        products_wait<0>();
+        settle(dk), settle(dv);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int slot = 16 * warp + lane / 4 + 8 * r, key = first_key + slot;
+        // Of a piece of an unfinished block, the last slot is another's.
+        if (key < block.start || slot >= 8 * G - (block.n == BEYOND) || key >= p.kv_len) continue;
+        const int64_t to = ((int64_t(b) * p.kv_heads + kv_head) * p.kv_len + key) * D;
+        uint32_t *line_k = reinterpret_cast<uint32_t *>(static_cast<T *>(p.dk) + to), *line_v = reinterpret_cast<uint32_t *>(static_cast<T *>(p.dv) + to);
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+            line_k[n * 4 + lane % 4] = pack<T>(dk[4 * n + 2 * r] * p.scale, dk[4 * n + 2 * r + 1] * p.scale);
+            line_v[n * 4 + lane % 4] = pack<T>(dv[4 * n + 2 * r], dv[4 * n + 2 * r + 1]);
+        }
+    }
+}
+
 // dk and dv of two blocks of keys, one a warpgroup, over all queries that see them.
 template <typename T, int D, int G, bool REGULAR>
 __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_key_gradient_kernel(const __grid_constant__ Params p, const __grid_constant__ Maps maps) {
@@ -213,9 +292,8 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_key_gradient_kernel(
 
     const int b = blockIdx.z, kv_head = blockIdx.y, history = p.kv_len - p.q_len, heads = p.heads / p.kv_heads;
     const Blocks<REGULAR> blocks{p, b};
-    const int first_key = blocks.at(2 * blockIdx.x).start;
-    const int first_tile = max(first_key - history, 0) / Shape::ROWS;
-    const int tiles = (p.q_len + Shape::ROWS - 1) / Shape::ROWS - first_tile, total = max(tiles, 0) * heads;
+    const int first_tile = max(blocks.at(2 * blockIdx.x).start - history, 0) / Shape::ROWS;
+    const int tiles = max((p.q_len + Shape::ROWS - 1) / Shape::ROWS - first_tile, 0);
     if (threadIdx.x == 0) {
         shared.ring.init(4 * CONSUMERS);
         barrier_init(&shared.keys_full, 1);
@@ -227,12 +305,15 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_key_gradient_kernel(
         registers_give<24>();
         if (threadIdx.x == 0) {
             barrier_expect(&shared.keys_full, 2 * CONSUMERS * Shape::PANELS * G * 1024);
-            for (int w = 0; w < CONSUMERS; w++)
+            for (int w = 0; w < CONSUMERS; w++) {
+                const Block block = blocks.at(2 * blockIdx.x + w);
+                const int key = key_of_slot_0(block, groups_of<G, REGULAR>(block));
                 for (int c = 0; c < Shape::PANELS; c++) {
-                    tensor_load(shared.k[w] + c * Shape::PANEL, maps.k, &shared.keys_full, 64 * c, blocks.at(2 * blockIdx.x + w).start, kv_head, b);
-                    tensor_load(shared.v[w] + c * Shape::PANEL, maps.v, &shared.keys_full, 64 * c, blocks.at(2 * blockIdx.x + w).start, kv_head, b);
+                    tensor_load(shared.k[w] + c * Shape::PANEL, maps.k, &shared.keys_full, 64 * c, key, kv_head, b);
+                    tensor_load(shared.v[w] + c * Shape::PANEL, maps.v, &shared.keys_full, 64 * c, key, kv_head, b);
                 }
-            for (int n = 0; n < total; n++) {
+            }
+            for (int n = 0; n < tiles * heads; n++) {
                 const int h = kv_head * heads + n / tiles, step = (first_tile + n % tiles) * Shape::ROWS, stage = n % Shape::STAGES;
                 uint64_t *full = shared.ring.fill(n, 2 * Shape::BYTES_TILE);
                 for (int c = 0; c < Shape::PANELS; c++) {
@@ -243,81 +324,11 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_key_gradient_kernel(
         }
     } else {
         registers_take<240>();
-        const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+        const int group = threadIdx.x / 128 - 1;
         const Block block = blocks.at(2 * blockIdx.x + group);
-        const float scale = p.scale * LOG2_E;
-        float s[4 * G], dp[4 * G], dk[D / 2] = {}, dv[D / 2] = {};
-        barrier_wait(&shared.keys_full, 0);
-        InnerSoftmax<G> inner;
-        float lse[2], delta[2];
-        auto scores = [&](int n) {
-            shared.ring.wait(n);
-            products_begin();
-            issue_abt<T, D>(s, shared.q[n % Shape::STAGES], Shape::PANEL, shared.k[group], Shape::PANEL);
-            products_commit();
-            products_begin();
-            issue_abt<T, D>(dp, shared.dout[n % Shape::STAGES], Shape::PANEL, shared.v[group], Shape::PANEL);
-            products_commit();
-        };
-        auto softmax = [&](int n) {
-            const int step = (first_tile + n % tiles) * Shape::ROWS, row = step + 16 * warp + lane / 4;
-            const int position[2] = {history + row, history + row + 8};
-            load_row_values(p, int64_t(b) * p.heads + kv_head * heads + n / tiles, row, lse, delta);
-            if (history + step < block.start + block.n)
-                inner.template run<true, REGULAR>(s, block, position, scale);
-            else
-                inner.template run<false, REGULAR>(s, block, position, scale);
-        };
-        auto store = [&] {
-            gradients<G, REGULAR>(s, dp, inner, block, lse, delta);
-            group_barrier(group);  // no warp still reads the last weights
-            store_panel<T, G>(shared.weights[group], s, warp);
-            store_panel<T, G>(shared.ds[group], dp, warp);
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            group_barrier(group);
-        };
-        auto add = [&](int n) {
-            products_begin();
-            const uint64_t weights = descriptor_transposed(shared.weights[group], Shape::PANEL), ds = descriptor_transposed(shared.ds[group], Shape::PANEL);
-            const uint64_t dout = descriptor_transposed(shared.dout[n % Shape::STAGES], Shape::PANEL), q = descriptor_transposed(shared.q[n % Shape::STAGES], Shape::PANEL);
-#pragma unroll
-            for (int i = 0; i < 4; i++) wgmma<T, true, true>(dv, advance(weights, i * 2048), advance(dout, i * 2048), 1);
-#pragma unroll
-            for (int i = 0; i < 4; i++) wgmma<T, true, true>(dk, advance(ds, i * 2048), advance(q, i * 2048), 1);
-            products_commit();
-        };
-        if (total > 0) {
-            scores(0);
-            products_wait<0>();
-            settle(s), settle(dp);
-            softmax(0);
-            for (int n = 0; n + 1 < total; n++) {
-                store();
-                scores(n + 1);
-                add(n);
-                products_wait<2>();
-                settle(s);
-                softmax(n + 1);
-                products_wait<0>();
-                settle(dp), settle(dk), settle(dv);
-                shared.ring.release(n);
-            }
-            store();
-            add(total - 1);
-            products_wait<0>();
-            settle(dk), settle(dv);
-        }
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int slot = 16 * warp + lane / 4 + 8 * r, key = block.start + slot;
-            if (slot >= block.n || key >= p.kv_len) continue;
-            const int64_t to = ((int64_t(b) * p.kv_heads + kv_head) * p.kv_len + key) * D;
-            uint32_t *line_k = reinterpret_cast<uint32_t *>(static_cast<T *>(p.dk) + to), *line_v = reinterpret_cast<uint32_t *>(static_cast<T *>(p.dv) + to);
-#pragma unroll
-            for (int n = 0; n < D / 8; n++) {
-                line_k[n * 4 + lane % 4] = pack<T>(dk[4 * n + 2 * r] * p.scale, dk[4 * n + 2 * r + 1] * p.scale);
-                line_v[n * 4 + lane % 4] = pack<T>(dv[4 * n + 2 * r], dv[4 * n + 2 * r + 1]);
-            }
-        }
+        if (groups_of<G, REGULAR>(block) == G)
+            key_gradient<T, D, G, REGULAR>(p, shared, block, group, b, kv_head, first_tile, tiles);
+        else
+            key_gradient<T, D, 7, REGULAR>(p, shared, block, group, b, kv_head, first_tile, tiles);
     }
 }

@@ -28,17 +28,14 @@ __device__ __forceinline__ void absorb_pair(float (&s)[8 * G], const Block (&blo
         float high = m[r];
 #pragma unroll
         for (int u = 0; u < 2; u++) high = fmaxf(high, inner[u].past[r] ? inner[u].landmark[r] : inner[u].max[r]);
-        const float base = MASKED ? finite(high) : high;
-        fade[r] = power2(m[r] - base);
+        fade[r] = power2(m[r] - high);
         m[r] = high;
         float total = sum[r] * fade[r];
 #pragma unroll
         for (int u = 0; u < 2; u++) {
             const bool past = inner[u].past[r];
-            const float share = power2((past ? inner[u].landmark[r] : inner[u].max[r]) - base);
-            // A landmark that follows a landmark has a block of nothing: its share is lost.
-            const bool some = REGULAR || inner[u].sum[r] > 0;
-            const float factor = !past ? share : some ? __fdividef(share, inner[u].sum[r]) : 0.f;
+            const float share = power2((past ? inner[u].landmark[r] : inner[u].max[r]) - high);
+            const float factor = past ? share * inverse_of(inner[u].sum[r]) : share;
             total += past ? share : share * inner[u].sum[r];
 #pragma unroll
             for (int i = 0; i < G; i++)
@@ -75,7 +72,7 @@ __global__ void __launch_bounds__(HOPPER_THREADS, 1) hopper_forward_kernel(const
                 for (int c = 0; c < Shape::PANELS; c++)
                     tensor_load(shared.q[w] + c * Shape::Q_PANEL, maps.q, &shared.q_full, 64 * c, first + 64 * w, h, b);
             for (int n = 0; n < pairs; n++) {
-                const int pair = pairs - 1 - n, keys[2] = {blocks.at(2 * pair).start, blocks.at(2 * pair + 1).start};
+                const int pair = pairs - 1 - n, keys[2] = {key_of_slot_0(blocks.at(2 * pair), G), key_of_slot_0(blocks.at(2 * pair + 1), G)};
                 uint64_t *full = shared.ring_k.fill(n, Shape::KEY_BYTES);
                 for (int i = 0; i < 2 * Shape::PANELS; i++)
                     tensor_load(shared.k[n % Shape::STAGES] + i / 2 * Shape::KEY_PANEL + i % 2 * Shape::KEY_PANEL / 2, maps.k, full,

@@ -29,7 +29,8 @@ struct Unit {
     int32_t part_first, part_last;  // its units
 };
 
-// What Hopper's kernels work on: a block, landmark included, or a piece of a block that no query is behind, of BEYOND keys.
+// What Hopper's kernels work on: a block, landmark included, or a piece of a block that no query is behind: n is BEYOND, its keys
+// are the next 63.
 struct Block {
     int32_t start, n;
 };

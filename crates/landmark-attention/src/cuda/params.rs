@@ -38,7 +38,8 @@ pub struct Unit {
     pub part_last: i32,
 }
 
-/// What Hopper's kernels work on: a block, landmark included, or a piece of a block that no query is behind, of [`BEYOND`] keys.
+/// What Hopper's kernels work on: a block, landmark included, or a piece of a block that no query is behind: `n` is [`BEYOND`], its keys
+/// are the next 63.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct Block {

@@ -119,8 +119,8 @@ impl BlockList {
             row.push(Block { start: start as i32, n: n as i32 });
             start = landmark + 1;
         }
-        // Every query that sees a piece of the unfinished block is in it.
-        row.extend((start..kv_len).step_by(UNIT).map(|start| Block { start: start as i32, n: BEYOND }));
+        // Every query that sees a piece of the unfinished block is in it; the landmark's slot stays empty.
+        row.extend((start..kv_len).step_by(UNIT - 1).map(|start| Block { start: start as i32, n: BEYOND }));
         Some(row)
     }
 }
@@ -307,7 +307,7 @@ mod tests {
         let block = |start, n| Block { start, n };
         assert_eq!(list.stride, 6);
         let missing = block(254, BEYOND);
-        let expected = [block(0, 50), block(50, 41), block(91, 63), block(154, BEYOND), block(218, BEYOND), missing];
+        let expected = [block(0, 50), block(50, 41), block(91, 63), block(154, BEYOND), block(217, BEYOND), missing];
         assert_eq!(list.blocks, expected);
         // Queries 104..168, 168..232, 232..254.
         let view = |seen, behind| View { seen, behind };

@@ -257,6 +257,7 @@ fn settings(flags: &Flags, vocabulary: &Vocabulary, device: &Device) -> anyhow::
             answer_weight: flags.answer_weight,
             several_facts: flags.several_facts,
             asked_again: flags.asked_again,
+            decoy_rows: flags.decoy_rows,
         }),
         negatives: (flags.negative_rows > 0).then_some(NegativeRows {
             negative_rows: flags.negative_rows,
@@ -284,6 +285,7 @@ fn settings(flags: &Flags, vocabulary: &Vocabulary, device: &Device) -> anyhow::
         eval_freq: flags.eval_freq,
         save_checkpoint_freq: flags.save_checkpoint_freq,
         keep_checkpoints: flags.keep_checkpoints,
+        activation_checkpointing: flags.activation_checkpointing,
     })
 }
 

@@ -49,6 +49,29 @@ impl Row {
         }
         unreachable!("the window was checked against the longest exercise")
     }
+
+    /// Facts that nobody asks for. The pass key has the same name in all rows: it cannot be told from one that is asked for.
+    pub(super) fn decoy(exercises: &Exercises, draw: &mut Draw) -> Result<Self> {
+        let tokens = exercises.blocks.tokens() + 1;
+        loop {
+            let mut facts = Fact::several(1 + draw.below(MOST), &exercises.words, draw);
+            facts.retain(|fact| !fact.is_the_pass_key());
+            let statements = facts.iter().map(|fact| statement(exercises, draw, fact)).collect::<Result<Vec<_>>>()?;
+            let told: usize = statements.iter().map(|statement| statement.ids.len()).sum();
+            if facts.is_empty() || told > tokens {
+                continue;
+            }
+            let filler = filler(exercises, draw, tokens - told);
+            let (mut row, mut done) = (Self::new(), 0);
+            for (statement, cut) in statements.iter().zip(draw.cuts(facts.len(), filler.len())) {
+                row.push(&filler[done..cut], 1.);
+                row.append(statement);
+                done = cut;
+            }
+            row.push(&filler[done..], 1.);
+            return Ok(row);
+        }
+    }
 }
 
 /// What is planted.
@@ -67,13 +90,13 @@ impl Plan {
         let facts = Fact::several(if several { 2 + draw.below(MOST - 1) } else { 1 }, &exercises.words, draw);
         let statements = facts.iter().map(|fact| statement(exercises, draw, fact)).collect::<Result<_>>()?;
         let asked_again = rich && draw.chance(options.asked_again);
-        let asked: Vec<usize> = match (asked_again, facts.len()) {
-            (true, facts) => (0..2 + draw.below(MOST - 1)).map(|_| draw.below(facts)).collect(),
+        let asked = match (asked_again, facts.len()) {
+            (true, 1) => vec![0; 2 + draw.below(MOST - 1)],
             (false, 1) => vec![0],
-            (false, facts) => {
-                let first = draw.below(facts);
-                let second = (first + 1 + draw.below(facts - 1)) % facts;
-                if draw.chance(0.5) { vec![first] } else { vec![first, second] }
+            // Each fact once at most: one that was asked for would be answered by its last answer.
+            (again, facts) => {
+                let count = if again { facts } else { 1 + draw.below(2) };
+                draw.order(facts, count)
             }
         };
         let questions = asked.into_iter().map(|i| question(exercises, draw, &facts[i])).collect::<Result<_>>()?;

@@ -1,5 +1,7 @@
 //! Attention inside the training window.
 
+use std::sync::{Mutex, PoisonError};
+
 use candle_core::{Device, Tensor};
 use landmark_attention::{
     Attend, AttendBackward, Dropout, LandmarkParams, Landmarks, Rope, Rotation, Softmax, landmark_attention,
@@ -17,7 +19,7 @@ const OP: &str = "WindowAttention";
 
 /// Attention over one batch of whole windows, for training and for evaluation inside the window: what it keeps is a function of the
 /// batch's token ids, so there is one for each batch.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct WindowAttention {
     batch: usize,
     time: usize,
@@ -29,7 +31,7 @@ pub struct WindowAttention {
 }
 
 /// What a context-miss token adds.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct ContextMiss {
     /// Position -1, where the token's key is.
     rotation: Rotation,
@@ -76,7 +78,7 @@ impl WindowAttention {
         let rope = config.rope();
         // Positions jump at the tokens, whatever attention makes of them.
         let is_landmark_token: Vec<u8> = ids.iter().map(|&id| (id == config.landmark_id) as u8).collect();
-        let rotation = rope.at(&positions(config, &is_landmark_token, time, seed));
+        let rotation = rotation(&rope, positions(config, &is_landmark_token, time, seed));
         let miss = match config.model {
             Variant::LandmarkWithCmt => {
                 let controlled = controlled(config, &is_landmark, seed);
@@ -176,6 +178,10 @@ impl Attend for WindowAttention {
         };
         Ok(Some((result, Box::new(backward))))
     }
+
+    fn again(&self) -> Option<Box<dyn Attend + Send>> {
+        Some(Box::new(self.clone()))
+    }
 }
 
 /// Batch and time of windows of at most `longest` positions.
@@ -199,6 +205,18 @@ fn landmarks(is_landmark: &[u8], batch: usize, time: usize) -> Result<Landmarks>
         return Ok(Landmarks::Every(block));
     }
     Ok(Landmarks::Mask(Tensor::from_vec(is_landmark.to_vec(), (batch, time), &Device::Cpu)?))
+}
+
+/// The rotation for these positions. The last one is kept: the windows of a run have the same ones, and a GPU would wait for the sines at every
+/// step.
+fn rotation(rope: &Rope, positions: Vec<i64>) -> Rotation {
+    static LAST: Mutex<Option<(Rope, Vec<i64>, Rotation)>> = Mutex::new(None);
+    // What a panic elsewhere left behind is whole.
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*last {
+        Some((of, at, rotation)) if (of, at) == (rope, &positions) => rotation.clone(),
+        _ => last.insert((rope.clone(), positions.clone(), rope.at(&positions))).2.clone(),
+    }
 }
 
 /// The positions of the tokens: `[T]` for all rows, or `[B * T]` with the jumps of a training step.

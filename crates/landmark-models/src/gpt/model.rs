@@ -1,6 +1,7 @@
 //! The model: token ids to hidden states, hidden states to logits or a loss.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor, Var};
 use landmark_attention::Attend;
@@ -22,9 +23,10 @@ pub struct Gpt {
     parameters: BTreeMap<String, Var>,
     wte: Tensor,
     miss_token: Option<Tensor>,
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Layer>>,
     ln_f: Norm,
     activations: DType,
+    recomputes: bool,
 }
 
 #[derive(Debug)]
@@ -48,6 +50,39 @@ struct Layer {
     c_proj: (Tensor, Option<Tensor>),
     ln_2: Norm,
     mlp: Mlp,
+}
+
+impl Layer {
+    /// `x` `[B, T, C]` as this layer, the `index`-th, leaves it.
+    fn forward(
+        &self,
+        x: &Tensor,
+        index: usize,
+        attention: &mut dyn Attend,
+        heads: usize,
+        activations: DType,
+        dropout: [Option<Dropout>; 2],
+    ) -> Result<Tensor> {
+        let (w, b) = &self.c_attn;
+        let normal = self.ln_1.apply(x, activations)?;
+        let [mut q, mut k, v] = ops::project_heads(&normal, w, b.as_ref(), heads)?;
+        if let Some([q_norm, k_norm]) = &self.qk_norm {
+            (q, k) = (q_norm.apply(&q, activations)?, k_norm.apply(&k, activations)?);
+        }
+        let o = ops::attend(attention, index, [&q, &k, &v], activations)?;
+        let (w, b) = &self.c_proj;
+        let x = ops::merge_heads(&o, w, b.as_ref(), x, dropout[0])?;
+        ops::mlp(&self.ln_2.apply(&x, activations)?, &self.mlp, &x, dropout[1])
+    }
+
+    fn parameters(&self) -> Vec<&Tensor> {
+        let Self { ln_1, c_attn, qk_norm, c_proj, ln_2, mlp } = self;
+        let norms = [ln_1, ln_2].into_iter().chain(qk_norm.iter().flatten());
+        let norms = norms.map(|norm| (&norm.w, &norm.b));
+        let maps =
+            [(&c_attn.0, &c_attn.1), (&c_proj.0, &c_proj.1), (&mlp.up, &mlp.up_bias), (&mlp.down, &mlp.down_bias)];
+        norms.chain(maps).flat_map(|(w, b)| std::iter::once(w).chain(b)).collect()
+    }
 }
 
 impl Gpt {
@@ -74,7 +109,8 @@ impl Gpt {
     /// The same model, with the same parameters in memory, that leaves no graph for a gradient: for evaluation. It sees every later
     /// change of the parameters.
     pub fn detached(&self) -> Self {
-        Self { activations: self.activations, ..Self::assemble(self.config.clone(), self.parameters.clone(), false) }
+        let Self { activations, recomputes, .. } = *self;
+        Self { activations, recomputes, ..Self::assemble(self.config.clone(), self.parameters.clone(), false) }
     }
 
     fn assemble(config: GptConfig, parameters: BTreeMap<String, Var>, tracked: bool) -> Self {
@@ -101,7 +137,7 @@ impl Gpt {
         let layer = |layer: usize| {
             let h = format!("transformer.h.{layer}");
             let ((up, up_bias), (down, down_bias)) = (pair(&format!("{h}.mlp.c_fc")), pair(&format!("{h}.mlp.c_proj")));
-            Layer {
+            Arc::new(Layer {
                 ln_1: norm(&format!("{h}.ln_1"), kind),
                 c_attn: pair(&format!("{h}.attn.c_attn")),
                 qk_norm: config
@@ -110,14 +146,14 @@ impl Gpt {
                 c_proj: pair(&format!("{h}.attn.c_proj")),
                 ln_2: norm(&format!("{h}.ln_2"), kind),
                 mlp: Mlp { activation, up, up_bias, down, down_bias },
-            }
+            })
         };
         let (wte, _) = pair("transformer.wte");
         let miss_token = get("rem_token_embedding.weight");
         let layers = (0..config.n_layer).map(layer).collect();
         let ln_f = norm("transformer.ln_f", kind);
         let activations = wte.dtype();
-        Self { config, wte, miss_token, layers, ln_f, parameters, activations }
+        Self { config, wte, miss_token, layers, ln_f, parameters, activations, recomputes: false }
     }
 
     /// The configuration.
@@ -140,6 +176,14 @@ impl Gpt {
         }
         self.activations = dtype;
         Ok(self)
+    }
+
+    /// The same model, which keeps of a training step the input of each layer alone and computes the layer again on the way back: a third more
+    /// work for the memory of one layer's activations instead of all. Loss and gradients are the same bits. Attention has to be such that it
+    /// can be computed again, see [`Attend::again`]; under another one all is kept.
+    pub fn with_activation_checkpointing(mut self, on: bool) -> Self {
+        self.recomputes = on;
+        self
     }
 
     /// The element type of the activations, and so of the keys and values that attention is given.
@@ -183,16 +227,18 @@ impl Gpt {
             })?;
         }
         for (index, layer) in self.layers.iter().enumerate() {
-            let (w, b) = &layer.c_attn;
-            let normal = layer.ln_1.apply(&x, self.activations)?;
-            let [mut q, mut k, v] = ops::project_heads(&normal, w, b.as_ref(), self.config.n_head)?;
-            if let Some([q_norm, k_norm]) = &layer.qk_norm {
-                (q, k) = (q_norm.apply(&q, self.activations)?, k_norm.apply(&k, self.activations)?);
-            }
-            let o = ops::attend(attention, index, [&q, &k, &v], self.activations)?;
-            let (w, b) = &layer.c_proj;
-            x = ops::merge_heads(&o, w, b.as_ref(), &x, drop(2 * index + 1))?;
-            x = ops::mlp(&layer.ln_2.apply(&x, self.activations)?, &layer.mlp, &x, drop(2 * index + 2))?;
+            let (heads, activations) = (self.config.n_head, self.activations);
+            let dropout = [drop(2 * index + 1), drop(2 * index + 2)];
+            x = match self.recomputes.then(|| attention.again()).flatten() {
+                None => layer.forward(&x, index, attention, heads, activations, dropout)?,
+                Some(again) => {
+                    let (of, again) = (layer.clone(), Mutex::new(again));
+                    ops::recomputed(&x, &layer.parameters(), move |x| {
+                        let mut again = again.lock().unwrap_or_else(PoisonError::into_inner);
+                        of.forward(x, index, &mut **again, heads, activations, dropout)
+                    })?
+                }
+            };
         }
         if self.config.model == Variant::LandmarkWithCmt {
             x = ops::bridge([&x], |[x]| x.narrow(1, 1, time))?;

@@ -73,7 +73,7 @@ impl NegativeRows {
 }
 
 /// The rows of one batch, and from where they are seen.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Negatives {
     seeing: Range<usize>,
     lending: Range<usize>,

@@ -29,11 +29,11 @@ pub use heads::{join_heads, merge_heads, project_heads, split_heads};
 pub use linear::{linear, linear_onto};
 pub use mlp::{Activation, Mlp, mlp, swiglu};
 pub use norm::{NormKind, norm};
-pub use record::{Gradients, Recording};
+pub use record::{Gradients, Recording, Rounded};
 
 pub(crate) use dropout::mix64;
 pub(crate) use elements::ids;
-pub(crate) use record::{attend, bridge};
+pub(crate) use record::{attend, bridge, recomputed};
 
 /// Calls a function that is generic over the element type with the type of a tensor.
 macro_rules! by_dtype {

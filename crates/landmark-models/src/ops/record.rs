@@ -31,7 +31,33 @@ use landmark_attention::Attend;
 use crate::Result;
 
 type Slots = Arc<Mutex<Vec<Option<Tensor>>>>;
-type Backward = Box<dyn Fn(Vec<Option<Tensor>>) -> Result<Vec<Tensor>> + Send + Sync>;
+type Backward = Box<dyn Fn(Vec<Option<Gradient>>) -> Result<Vec<Gradient>> + Send + Sync>;
+
+/// A gradient on its way back.
+#[derive(Clone)]
+pub(crate) struct Gradient {
+    pub whole: Tensor,
+    /// The same in bf16, from a function that could write it on the way, for the products that take it so.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub rounded: Option<Tensor>,
+}
+
+impl From<Tensor> for Gradient {
+    fn from(whole: Tensor) -> Self {
+        Self { whole, rounded: None }
+    }
+}
+
+/// The parameters in another element type, for the products that take them so. Whoever changes the parameters keeps it, and hands it to the
+/// recordings between two changes: outside of them nobody reads it, and so nobody reads what is out of date.
+#[derive(Debug, Clone, Default)]
+pub struct Rounded(#[cfg_attr(not(feature = "cuda"), allow(dead_code))] Arc<HashMap<TensorId, Tensor>>);
+
+impl FromIterator<(Var, Tensor)> for Rounded {
+    fn from_iter<I: IntoIterator<Item = (Var, Tensor)>>(copies: I) -> Self {
+        Self(Arc::new(copies.into_iter().map(|(var, copy)| (var.id(), copy)).collect()))
+    }
+}
 
 /// A result of a recorded function: its elements and its shape.
 pub(crate) struct Output {
@@ -85,8 +111,11 @@ thread_local! {
 #[derive(Default)]
 struct Recorded {
     nodes: Vec<Node>,
-    /// Results of bridges.
+    /// Results that are no variables to candle.
     bridged: HashSet<TensorId>,
+    rounded: Rounded,
+    /// Nothing is recorded now: it will be computed again.
+    paused: bool,
 }
 
 struct Node {
@@ -104,17 +133,23 @@ fn is_recording() -> bool {
 
 impl Recording {
     /// From now on the functions of this crate, on this thread, record themselves; a recording before this one is forgotten. Their results are
-    /// variables to candle: what else is done with them has no gradient, but for what models do.
-    pub fn start() -> Self {
-        RECORDED.set(Some(Recorded::default()));
+    /// variables to candle: what else is done with them has no gradient, but for what models do. `rounded` holds the parameters as they are now.
+    pub fn start(rounded: &Rounded) -> Self {
+        RECORDED.set(Some(Recorded { rounded: rounded.clone(), ..Recorded::default() }));
         Self(())
     }
 
     /// Ends the recording and goes back from `loss`, a scalar that one of the recorded functions gave.
     pub fn backward(self, loss: &Tensor) -> Result<Gradients> {
+        let gradients = self.back_from(loss, loss.ones_like()?.into())?;
+        let gradients = gradients.into_iter().map(|(id, gradient)| (id, gradient.whole)).collect();
+        Ok(Gradients(Source::Recorded(gradients)))
+    }
+
+    fn back_from(self, out: &Tensor, gradient: Gradient) -> Result<HashMap<TensorId, Gradient>> {
         let Recorded { nodes, .. } = RECORDED.take().unwrap_or_default();
         drop(self);
-        let mut gradients = HashMap::from([(loss.id(), loss.ones_like()?)]);
+        let mut gradients = HashMap::from([(out.id(), gradient)]);
         for Node { inputs, outputs, backward, adds } in nodes.into_iter().rev() {
             let mut of_outputs: Vec<_> = outputs.iter().map(|id| gradients.remove(id)).collect();
             if of_outputs.iter().all(Option::is_none) {
@@ -129,12 +164,12 @@ impl Recording {
                 let Some(id) = id else { continue };
                 let sum = match gradients.remove(&id) {
                     None => gradient,
-                    Some(other) => (other + gradient)?,
+                    Some(other) => (other.whole + gradient.whole)?.into(),
                 };
                 gradients.insert(id, sum);
             }
         }
-        Ok(Gradients(Source::Recorded(gradients)))
+        Ok(gradients)
     }
 }
 
@@ -151,6 +186,9 @@ pub(crate) fn bridge<const N: usize>(
     f: impl FnOnce([&Tensor; N]) -> candle_core::Result<Tensor>,
 ) -> Result<Tensor> {
     let ids = inputs.map(wanted);
+    if RECORDED.with_borrow(|recorded| recorded.as_ref().is_some_and(|recorded| recorded.paused)) {
+        return Ok(f(inputs.map(Tensor::detach).each_ref())?);
+    }
     if ids.iter().all(Option::is_none) {
         return Ok(f(inputs)?);
     }
@@ -163,12 +201,12 @@ pub(crate) fn bridge<const N: usize>(
     let result = f(std::array::from_fn(|i| &inputs[i]))?.contiguous()?;
     let detached = result.detach();
     let backward: Backward = Box::new(move |mut gradients| {
-        let gradient = gradients.pop().flatten().expect("a node is reached through its only result");
+        let gradient = gradients.pop().flatten().expect("a node is reached through its only result").whole;
         let mut gradients = result.apply_op1(Seed(gradient))?.backward()?;
-        let of = |input: &Tensor| gradients.remove(input).map_or_else(|| input.zeros_like(), Ok);
-        Ok(inputs.iter().map(of).collect::<candle_core::Result<_>>()?)
+        let of = |input: &Tensor| Ok(gradients.remove(input).map_or_else(|| input.zeros_like(), Ok)?.into());
+        inputs.iter().map(of).collect()
     });
-    push(ids.to_vec(), &detached, backward);
+    push(ids.to_vec(), std::slice::from_ref(&detached), backward);
     Ok(detached)
 }
 
@@ -180,30 +218,102 @@ pub(crate) fn attend(attention: &mut dyn Attend, layer: usize, qkv: [&Tensor; 3]
         if let Some((out, backward)) = attention.attend_with_backward(layer, &q, &k, &v)? {
             let backward: Backward = Box::new(move |mut gradients| {
                 let gradient = gradients.pop().flatten().expect("a node is reached through its only result");
-                Ok(backward(&gradient)?.into())
+                Ok(backward(&gradient.whole)?.map(Gradient::from).into())
             });
-            push(ids.to_vec(), &out, backward);
+            push(ids.to_vec(), std::slice::from_ref(&out), backward);
             return Ok(out);
         }
     }
     bridge(qkv, |[q, k, v]| attention.attend(layer, q, k, v)?.to_dtype(dtype))
 }
 
-/// Records what gave `out`, which is no variable to candle.
-fn push(inputs: Vec<Option<TensorId>>, out: &Tensor, backward: Backward) {
+/// `f(x)`, of which a recording keeps x alone: on the way back f is called again, and gone back through. It gives the same both times, reads
+/// these `parameters`, and is all that reads them and x.
+pub(crate) fn recomputed(
+    x: &Tensor,
+    parameters: &[&Tensor],
+    f: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    let inputs: Vec<Tensor> = [&[x], parameters].concat().into_iter().cloned().collect();
+    let ids: Vec<_> = inputs.iter().map(wanted).collect();
+    if ids.iter().all(Option::is_none) {
+        return f(x);
+    }
+    let pause = |paused| {
+        RECORDED.with_borrow_mut(|recorded| {
+            let recorded = recorded.as_mut().expect("a recording wants these gradients");
+            recorded.paused = paused;
+            recorded.rounded.clone()
+        })
+    };
+    let rounded = pause(true);
+    let out = f(&x.detach());
+    pause(false);
+    let out = out?.detach();
+    let backward: Backward = Box::new(move |mut gradients| {
+        let gradient = gradients.pop().flatten().expect("a node is reached through its only result");
+        let recording = Recording::start(&rounded);
+        let x = inputs[0].detach();
+        RECORDED.with_borrow_mut(|recorded| recorded.as_mut().expect("just started").bridged.insert(x.id()));
+        let out = f(&x)?;
+        let mut gradients = recording.back_from(&out, gradient)?;
+        let of = |input: &Tensor| match gradients.remove(&input.id()) {
+            Some(gradient) => Ok(gradient),
+            None => Ok(input.zeros_like()?.into()),
+        };
+        std::iter::once(&x).chain(&inputs[1..]).map(of).collect()
+    });
+    push(ids, std::slice::from_ref(&out), backward);
+    Ok(out)
+}
+
+/// Parts of x that `cut` makes without moving anything. For a recording `backward` makes the gradient of x of theirs, `None` for one that the
+/// loss does not depend on.
+#[cfg(feature = "cuda")]
+pub(crate) fn parts<const N: usize>(
+    x: &Tensor,
+    cut: impl FnOnce(&Tensor) -> candle_core::Result<[Tensor; N]>,
+    backward: impl Fn(Vec<Option<Tensor>>) -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<[Tensor; N]> {
+    let id = wanted(x);
+    if id.is_none() {
+        return Ok(cut(x)?);
+    }
+    let parts = cut(&x.detach())?;
+    let backward: Backward = Box::new(move |gradients| {
+        let gradients = gradients.into_iter().map(|gradient| gradient.map(|gradient| gradient.whole)).collect();
+        Ok(vec![backward(gradients)?.into()])
+    });
+    push(vec![id], &parts, backward);
+    Ok(parts)
+}
+
+/// Records what gave `outputs`, which are no variables to candle.
+fn push(inputs: Vec<Option<TensorId>>, outputs: &[Tensor], backward: Backward) {
     RECORDED.with_borrow_mut(|recorded| {
         let recorded = recorded.as_mut().expect("a recording wants these gradients");
-        recorded.bridged.insert(out.id());
-        recorded.nodes.push(Node { inputs, outputs: vec![out.id()], backward, adds: false });
+        let outputs: Vec<_> = outputs.iter().map(Tensor::id).collect();
+        recorded.bridged.extend(&outputs);
+        recorded.nodes.push(Node { inputs, outputs, backward, adds: false });
     });
 }
 
 /// The id of a tensor whose gradient a recording wants.
 fn wanted(x: &Tensor) -> Option<TensorId> {
     RECORDED.with_borrow(|recorded| {
-        let recorded = recorded.as_ref()?;
+        let recorded = recorded.as_ref().filter(|recorded| !recorded.paused)?;
         (x.is_variable() || recorded.bridged.contains(&x.id())).then(|| x.id())
     })
+}
+
+/// A parameter in the type of the activations that it meets.
+#[cfg(feature = "cuda")]
+pub(crate) fn in_type(w: &Tensor, dtype: DType) -> Result<Tensor> {
+    let rounded = RECORDED.with_borrow(|recorded| recorded.as_ref()?.rounded.0.get(&w.id()).cloned());
+    match rounded {
+        Some(rounded) if rounded.dtype() == dtype => Ok(rounded),
+        _ => Ok(w.detach().to_dtype(dtype)?.contiguous()?),
+    }
 }
 
 /// The end of a graph whose gradient is known.
@@ -280,6 +390,59 @@ impl Tape {
         outputs: [Output; N],
         backward: impl Fn(Vec<Option<Tensor>>) -> Result<Vec<Tensor>> + Send + Sync + 'static,
     ) -> Result<[Tensor; N]> {
+        self.end(outputs, move |grads| {
+            let grads = grads.into_iter().map(|grad| grad.map(|grad| grad.whole)).collect();
+            Ok(backward(grads)?.into_iter().map(Gradient::from).collect())
+        })
+    }
+
+    /// [`Tape::finish`] for a function with one result.
+    pub fn finish_one(
+        self,
+        output: Output,
+        backward: impl Fn(Tensor) -> Result<Vec<Tensor>> + Send + Sync + 'static,
+    ) -> Result<Tensor> {
+        let [tensor] = self.finish([output], move |mut grads| {
+            backward(grads.pop().flatten().expect("the hub is reached through its only result"))
+        })?;
+        Ok(tensor)
+    }
+
+    /// [`Tape::finish_one`] for a function that looks at what else comes with the gradient.
+    #[cfg(feature = "cuda")]
+    pub fn finish_rounded(
+        self,
+        output: Output,
+        backward: impl Fn(Gradient) -> Result<Vec<Gradient>> + Send + Sync + 'static,
+    ) -> Result<Tensor> {
+        let [tensor] = self.end([output], move |mut grads| {
+            backward(grads.pop().flatten().expect("the hub is reached through its only result"))
+        })?;
+        Ok(tensor)
+    }
+
+    /// [`Tape::finish_one`] for a function that adds the gradient of its first input to what there is of it so far, if anything. Nobody
+    /// else reads that any more.
+    #[cfg(feature = "cuda")]
+    pub fn finish_adding(
+        mut self,
+        output: Output,
+        backward: impl Fn(Tensor, Option<Tensor>) -> Result<Vec<Gradient>> + Send + Sync + 'static,
+    ) -> Result<Tensor> {
+        self.adds = true;
+        let [tensor] = self.end([output], move |grads| {
+            let mut grads = grads.into_iter().map(|grad| grad.map(|grad| grad.whole));
+            let grad = grads.next().flatten().expect("the hub is reached through its only result");
+            backward(grad, grads.next().flatten())
+        })?;
+        Ok(tensor)
+    }
+
+    fn end<const N: usize>(
+        self,
+        outputs: [Output; N],
+        backward: impl Fn(Vec<Option<Gradient>>) -> Result<Vec<Gradient>> + Send + Sync + 'static,
+    ) -> Result<[Tensor; N]> {
         let tracked = self.tracked();
         let (token, input_grads) = match self.way {
             Way::Candle { token, input_grads } => (token, input_grads),
@@ -309,34 +472,6 @@ impl Tape {
             tensors.push(output?);
         }
         Ok(tensors.try_into().expect("one tensor for each of the N outputs"))
-    }
-
-    /// [`Tape::finish`] for a function with one result.
-    pub fn finish_one(
-        self,
-        output: Output,
-        backward: impl Fn(Tensor) -> Result<Vec<Tensor>> + Send + Sync + 'static,
-    ) -> Result<Tensor> {
-        let [tensor] = self.finish([output], move |mut grads| {
-            backward(grads.pop().flatten().expect("the hub is reached through its only result"))
-        })?;
-        Ok(tensor)
-    }
-
-    /// [`Tape::finish_one`] for a function that adds the gradient of its first input to what there is of it so far, if anything.
-    #[cfg(feature = "cuda")]
-    pub fn finish_adding(
-        mut self,
-        output: Output,
-        backward: impl Fn(Tensor, Option<Tensor>) -> Result<Vec<Tensor>> + Send + Sync + 'static,
-    ) -> Result<Tensor> {
-        self.adds = true;
-        let [tensor] = self.finish([output], move |grads| {
-            let mut grads = grads.into_iter();
-            let grad = grads.next().flatten().expect("the hub is reached through its only result");
-            backward(grad, grads.next().flatten())
-        })?;
-        Ok(tensor)
     }
 }
 
@@ -427,12 +562,12 @@ impl CustomOp1 for Hub {
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let output_grads = lock(&self.output_grads).iter_mut().map(Option::take).collect();
+        let output_grads = lock(&self.output_grads).iter_mut().map(|grad| grad.take().map(Gradient::from)).collect();
         let grads = (self.backward)(output_grads)?;
         let mut slots = lock(&self.input_grads);
         assert_eq!(slots.len(), grads.len(), "{}: one gradient for each input", self.name);
         for (slot, grad) in slots.iter_mut().zip(grads) {
-            *slot = Some(grad);
+            *slot = Some(grad.whole);
         }
         Ok(Some(grad.clone()))
     }

@@ -3,13 +3,13 @@
 use std::ffi::{CStr, c_char, c_int, c_void};
 
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
-use candle_core::cuda_backend::{CudaDevice, WrapErr};
+use candle_core::cuda_backend::{CudaDevice, CudaStorageSlice, WrapErr};
 use candle_core::{DType, Result, Storage, Tensor, Var, bail};
 
 /// Elements that one block of threads takes, as in `optimizer.cu`.
-const PIECE: usize = 65_536;
+const PIECE: usize = 16_384;
 
-/// A parameter, its gradient and its moments, as `optimizer.cu` has them.
+/// A parameter, its gradient, its moments and its copy, as `optimizer.cu` has them.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct Entry {
@@ -17,6 +17,7 @@ struct Entry {
     g: u64,
     m: u64,
     v: u64,
+    rounded: u64,
     n: i64,
     keep: f32,
     unused: f32,
@@ -47,6 +48,8 @@ pub(crate) struct Operands<'a> {
     pub var: &'a Var,
     pub gradient: Option<&'a Tensor>,
     pub moments: [&'a Tensor; 2],
+    /// A copy in bf16.
+    pub rounded: Option<&'a Tensor>,
     pub keep: f64,
 }
 
@@ -69,10 +72,12 @@ impl Pieces {
     /// One AdamW step. With a `limit` the gradients' norm is bounded by it, and returned as it was before.
     pub fn adamw(&self, operands: &[Operands], step: &Step, limit: Option<f64>) -> Result<Option<f64>> {
         let entry = |operands: &Operands| -> Result<Entry> {
-            let Operands { var, gradient, moments: [m, v], keep } = operands;
+            let Operands { var, gradient, moments: [m, v], rounded, keep } = operands;
             let n = if gradient.is_some() { var.elem_count() as i64 } else { 0 };
-            let g = gradient.map_or(Ok(0), address)?;
-            Ok(Entry { p: address(var)?, g, m: address(m)?, v: address(v)?, n, keep: *keep as f32, unused: 0. })
+            let g = gradient.map_or(Ok(0), |g| address(g, DType::F32))?;
+            let rounded = rounded.map_or(Ok(0), |copy| address(copy, DType::BF16))?;
+            let [p, m, v] = [var.as_tensor(), m, v].map(|x| address(x, DType::F32));
+            Ok(Entry { p: p?, g, m: m?, v: v?, rounded, n, keep: *keep as f32, unused: 0. })
         };
         let entries = operands.iter().map(entry).collect::<Result<Vec<_>>>()?;
         let stream = self.device.cuda_stream();
@@ -89,7 +94,8 @@ impl Pieces {
         let entry = |operands: &Option<(&Tensor, &Tensor)>| -> Result<Entry> {
             let mut entry: Entry = bytemuck::Zeroable::zeroed();
             if let Some((sum, gradient)) = operands {
-                (entry.p, entry.g, entry.n) = (address(sum)?, address(gradient)?, sum.elem_count() as i64);
+                let n = sum.elem_count() as i64;
+                (entry.p, entry.g, entry.n) = (address(sum, DType::F32)?, address(gradient, DType::F32)?, n);
             }
             Ok(entry)
         };
@@ -116,15 +122,32 @@ impl Pieces {
     }
 }
 
-/// The address of a contiguous f32 tensor; valid for kernels that are launched while the tensor lives, as all are on one stream.
-fn address(x: &Tensor) -> Result<u64> {
+/// Elements that a kernel takes at once: an address must be aligned to so many.
+const PACK: usize = 4;
+
+/// A gradient where the kernels can read it.
+pub(crate) fn aligned(gradient: Tensor) -> Result<Tensor> {
+    match gradient.is_contiguous() && gradient.layout().start_offset().is_multiple_of(PACK) {
+        true => Ok(gradient),
+        false => gradient.force_contiguous(),
+    }
+}
+
+/// The address of a contiguous tensor of this type; valid for kernels that are launched while the tensor lives, as all are on one stream.
+fn address(x: &Tensor, dtype: DType) -> Result<u64> {
     let (storage, layout) = x.storage_and_layout();
-    let (Storage::Cuda(storage), Some((start, _)), DType::F32) = (&*storage, layout.contiguous_offsets(), x.dtype())
-    else {
-        bail!("an optimizer step on a GPU needs contiguous f32 tensors there")
+    let (Storage::Cuda(storage), Some((start, _))) = (&*storage, layout.contiguous_offsets()) else {
+        bail!("an optimizer step on a GPU needs contiguous tensors there")
     };
-    let slice = storage.as_cuda_slice::<f32>()?;
-    Ok(slice.device_ptr(slice.stream()).0 + (start * size_of::<f32>()) as u64)
+    if !start.is_multiple_of(PACK) {
+        bail!("an optimizer step on a GPU needs tensors that are aligned to {PACK} elements")
+    }
+    let address = match (&storage.slice, dtype) {
+        (CudaStorageSlice::F32(x), DType::F32) => x.device_ptr(x.stream()).0,
+        (CudaStorageSlice::BF16(x), DType::BF16) => x.device_ptr(x.stream()).0,
+        _ => bail!("an optimizer step on a GPU needs {dtype:?} where it has {:?}", x.dtype()),
+    };
+    Ok(address + (start * dtype.size_in_bytes()) as u64)
 }
 
 unsafe extern "C" {

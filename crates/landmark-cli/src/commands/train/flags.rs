@@ -289,6 +289,10 @@ pub struct Flags {
     /// Normalise queries and keys head by head (RMSNorm) before they are rotated: True or False
     #[arg(long, value_parser = truth, default_value = "False", action = clap::ArgAction::Set, help_heading = "Model")]
     pub qk_norm: bool,
+    /// Keep of a step the inputs of the layers alone and compute the layers again on the way back: True or False. The same bits in less memory
+    /// and more time
+    #[arg(long, value_parser = truth, default_value = "False", action = clap::ArgAction::Set, help_heading = "Model")]
+    pub activation_checkpointing: bool,
     /// The softmax of attention
     #[arg(long, value_enum, default_value_t = SoftmaxFunc::MemOpt, help_heading = "Model")]
     pub softmax_func: SoftmaxFunc,
@@ -314,9 +318,12 @@ pub struct Flags {
     /// The share of exercises with two to five facts
     #[arg(long, value_name = "SHARE", default_value_t = ExerciseOptions::default().several_facts, help_heading = RETRIEVAL)]
     pub several_facts: f64,
-    /// The share of exercises that ask two to five times, first near, then ever farther away
+    /// The share of exercises that ask two to five times, for each of several facts once, first near, then ever farther away
     #[arg(long, value_name = "SHARE", default_value_t = ExerciseOptions::default().asked_again, help_heading = RETRIEVAL)]
     pub asked_again: f64,
+    /// Rows, the last ones of a batch, with facts that nobody asks for; they are to be among those of --negative_rows
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = RETRIEVAL)]
+    pub decoy_rows: usize,
     /// Rows of plain text whose landmarks queries of other rows see as well, without values: they learn to tell thousands of blocks apart
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = RETRIEVAL)]
     pub negative_rows: usize,

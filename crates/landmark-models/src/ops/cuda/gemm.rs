@@ -1,14 +1,16 @@
-//! Matrix products by cuBLASLt: row-major operands, sums in f32, and a matrix that the product is added to.
+//! Matrix products by cuBLASLt: row-major operands, sums in f32, and a matrix that the product is added to. Of the algorithms that have the
+//! same bits [`tune`] takes the fastest.
 
 use std::collections::HashMap;
-use std::ffi::c_void;
+use std::ffi::{c_int, c_void};
+use std::mem::MaybeUninit;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::cublaslt::{result, sys};
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
 
-use super::{Address, ElementType};
+use super::{Address, ElementType, tune};
 use crate::{Error, Result};
 
 /// A row-major matrix on the device, or its transpose.
@@ -66,41 +68,34 @@ pub(super) unsafe fn product(
         alignments: [b.address, a.address, out.address, added].map(alignment),
     };
     let Blas { handle, workspace, plans } = blas;
+    let stream = device.cuda_stream();
+    let on = On { handle: *handle, workspace: workspace.device_ptr(&stream).0, stream: stream.cu_stream().cast() };
     let plan = match plans.entry(key) {
         std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-        std::collections::hash_map::Entry::Vacant(entry) => entry.insert(Plan::new(*handle, &key)?),
+        std::collections::hash_map::Entry::Vacant(entry) => {
+            let (mut plan, others) = Plan::new(*handle, &key)?;
+            tune::choose(&mut plan, &others, &key, on, device)?;
+            entry.insert(plan)
+        }
     };
-    let stream = device.cuda_stream();
-    let (one, beta) = (1f32, if added != 0 { 1f32 } else { 0. });
-    let pointer = |address: Address| address as *const c_void;
-    let c = if added != 0 { added } else { out.address };
-    // SAFETY: the plan was made for matrices of these sizes, types and alignments; the caller vouches for the addresses; the workspace
-    // is used by one product at a time, as all are on one stream.
-    unsafe {
-        result::matmul(
-            *handle,
-            plan.operation,
-            (&raw const one).cast(),
-            (&raw const beta).cast(),
-            pointer(b.address),
-            plan.b,
-            pointer(a.address),
-            plan.a,
-            pointer(c),
-            plan.out,
-            out.address as *mut c_void,
-            plan.out,
-            &plan.algorithm,
-            workspace.device_ptr(&stream).0 as *mut c_void,
-            WORKSPACE,
-            stream.cu_stream().cast(),
-        )
-    }
-    .map_err(failed)
+    let addresses = [b.address, a.address, if added != 0 { added } else { out.address }, out.address];
+    // SAFETY: the plan was made for matrices of these sizes, types and alignments; the caller vouches for the addresses.
+    unsafe { plan.run(&plan.algorithm, addresses, added != 0, on) }
+}
+
+/// What a product runs with. The workspace is used by one product at a time, as all are on one stream.
+#[derive(Clone, Copy)]
+pub(super) struct On {
+    handle: sys::cublasLtHandle_t,
+    workspace: Address,
+    pub stream: *mut c_void,
 }
 
 /// Bytes that cuBLASLt may use beside the matrices: what NVIDIA recommends for Hopper.
 const WORKSPACE: usize = 32 << 20;
+
+/// Algorithms that cuBLASLt is asked for.
+const CANDIDATES: usize = 16;
 
 static DEVICES: OnceLock<Mutex<HashMap<String, Blas>>> = OnceLock::new();
 
@@ -116,23 +111,24 @@ unsafe impl Send for Blas {}
 
 /// What decides how a product is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Key {
+pub(super) struct Key {
     /// m, n and k as cuBLAS has them.
-    sizes: [usize; 3],
+    pub sizes: [usize; 3],
     strides: [usize; 3],
     transposed: [bool; 2],
-    types: [ElementType; 2],
-    adds: bool,
+    /// Of the factors, of the product.
+    pub types: [ElementType; 2],
+    pub adds: bool,
     alignments: [u32; 4],
 }
 
 /// A product's descriptors and algorithm. They are kept for the life of the process: a model has a few dozen.
-struct Plan {
+pub(super) struct Plan {
     operation: sys::cublasLtMatmulDesc_t,
     a: sys::cublasLtMatrixLayout_t,
     b: sys::cublasLtMatrixLayout_t,
     out: sys::cublasLtMatrixLayout_t,
-    algorithm: sys::cublasLtMatmulAlgo_t,
+    pub algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
 fn failed(error: result::CublasError) -> Error {
@@ -153,7 +149,8 @@ impl Blas {
 }
 
 impl Plan {
-    fn new(handle: sys::cublasLtHandle_t, key: &Key) -> Result<Self> {
+    /// With the algorithm that cuBLASLt thinks the best, and the others that it names.
+    fn new(handle: sys::cublasLtHandle_t, key: &Key) -> Result<(Self, Vec<sys::cublasLtMatmulAlgo_t>)> {
         let data_type = |dtype| match dtype {
             ElementType::F32 => sys::cudaDataType::CUDA_R_32F,
             ElementType::Bf16 => sys::cudaDataType::CUDA_R_16BF,
@@ -191,9 +188,65 @@ impl Plan {
             ] {
                 result::set_matmul_pref_attribute(preference, which, (&raw const value).cast(), 4).map_err(failed)?;
             }
-            let found = result::get_matmul_algo_heuristic(handle, operation, b, a, out, out, preference);
+            let mut found = [MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::uninit(); CANDIDATES];
+            let mut n = 0;
+            let asked = sys::cublasLtMatmulAlgoGetHeuristic(
+                handle,
+                operation,
+                b,
+                a,
+                out,
+                out,
+                preference,
+                CANDIDATES as c_int,
+                found.as_mut_ptr().cast(),
+                &mut n,
+            );
             result::destroy_matmul_pref(preference).map_err(failed)?;
-            Ok(Self { operation, a, b, out, algorithm: found.map_err(failed)?.algo })
+            asked.result().map_err(failed)?;
+            let found = found[..n as usize].iter().map(|found| found.assume_init_ref());
+            let mut found =
+                found.filter(|found| found.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS).map(|found| found.algo);
+            let unsupported = result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED);
+            let algorithm = found.next().ok_or_else(|| failed(unsupported))?;
+            Ok((Self { operation, a, b, out, algorithm }, found.collect()))
         }
+    }
+
+    /// Addresses of b, a, what is added and out, as cuBLAS has them.
+    ///
+    /// # Safety
+    /// As for [`product`]; of the sizes and alignments that the plan was made for.
+    pub unsafe fn run(
+        &self,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
+        at: [Address; 4],
+        adds: bool,
+        on: On,
+    ) -> Result<()> {
+        let (one, beta) = (1f32, if adds { 1f32 } else { 0. });
+        let [b, a, c, out] = at.map(|address| address as *mut c_void);
+        // SAFETY: by this function's own demands.
+        unsafe {
+            result::matmul(
+                on.handle,
+                self.operation,
+                (&raw const one).cast(),
+                (&raw const beta).cast(),
+                b,
+                self.b,
+                a,
+                self.a,
+                c,
+                self.out,
+                out,
+                self.out,
+                algorithm,
+                on.workspace as *mut c_void,
+                WORKSPACE,
+                on.stream.cast(),
+            )
+        }
+        .map_err(failed)
     }
 }

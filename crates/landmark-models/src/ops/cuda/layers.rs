@@ -10,8 +10,8 @@ use super::{Address, CudaStream_, ElementType, Fresh, address, run};
 use crate::ops::elements::{check_shape, ids, rows_and_width};
 use crate::ops::heads::Layout;
 use crate::ops::linear::check_weight;
-use crate::ops::record::{Tape, bridge};
-use crate::ops::{Activation, Dropout, Mlp, NormKind};
+use crate::ops::record::{Gradient, Tape, bridge, in_type, parts};
+use crate::ops::{Activation, Dropout, Mlp};
 use crate::{Error, Result};
 
 /// Columns that a thread of the activations' kernels takes at once.
@@ -20,11 +20,6 @@ const PACK: usize = 4;
 /// A matrix of a contiguous tensor.
 fn matrix(op: &'static str, name: &'static str, x: &Tensor, rows: usize, cols: usize) -> Result<Matrix> {
     Ok(Matrix::new(address(op, name, x)?, ElementType::of(op, name, x.dtype())?, rows, cols))
-}
-
-/// A parameter in the type of the activations that it meets.
-pub(super) fn in_type_of(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    Ok(w.detach().to_dtype(x.dtype())?.contiguous()?)
 }
 
 fn without_dropout(op: &'static str, dropout: Option<Dropout>) -> Result<()> {
@@ -57,7 +52,7 @@ fn affine(op: &'static str, x: &Tensor, w: &Tensor, b: Option<&Tensor>, residual
     let x = x.contiguous()?;
     let residual = residual.map(|residual| residual.contiguous()).transpose()?;
     let tape = Tape::new(op, &[Some(&x), Some(w), residual.as_ref()].into_iter().flatten().collect::<Vec<_>>())?;
-    let weight = in_type_of(&x, w)?;
+    let weight = in_type(w, x.dtype())?;
     let dtype = residual.as_ref().map_or(x.dtype(), Tensor::dtype);
     let y = Fresh::new(&device, shape.as_slice(), dtype)?;
     let added = match &residual {
@@ -72,8 +67,11 @@ fn affine(op: &'static str, x: &Tensor, w: &Tensor, b: Option<&Tensor>, residual
     // SAFETY: all are live contiguous allocations of the sizes that were checked.
     unsafe { product(&device, x_ni, w_oi.t(), out, added)? };
     let (adds, learns) = (residual.is_some(), tape.wants(w));
-    tape.finish_one(y.output(), move |dy| {
-        let dy_x = dy.to_dtype(x.dtype())?.contiguous()?;
+    tape.finish_rounded(y.output(), move |Gradient { whole: dy, rounded }| {
+        let dy_x = match rounded {
+            Some(rounded) if rounded.dtype() == x.dtype() => rounded,
+            _ => dy.to_dtype(x.dtype())?.contiguous()?,
+        };
         let dy_no = matrix(op, "dy", &dy_x, n, n_out)?;
         let (x_ni, w_oi) = (matrix(op, "x", &x, n, n_in)?, matrix(op, "w", &weight, n_out, n_in)?);
         let dx = Fresh::new(&device, x.shape(), x.dtype())?;
@@ -87,9 +85,9 @@ fn affine(op: &'static str, x: &Tensor, w: &Tensor, b: Option<&Tensor>, residual
         } else {
             weight.clone()
         };
-        let mut grads = vec![dx.tensor(), dw];
+        let mut grads = vec![dx.tensor().into(), dw.into()];
         if adds {
-            grads.push(dy);
+            grads.push(dy.into());
         }
         Ok(grads)
     })
@@ -100,11 +98,11 @@ pub fn project_heads(x: &Tensor, w: &Tensor, b: Option<&Tensor>, heads: usize) -
     const OP: &str = "project_heads";
     let layout = Layout::of_projection(OP, x, w, b, heads)?;
     let y = biased(OP, affine(OP, x, w, b, None)?, b)?.contiguous()?;
-    let tape = Tape::new(OP, &[&y])?;
-    let parts = layout.split_on_gpu(OP, &y, 3)?;
-    let [q, k, v] = parts.try_into().ok().expect("three parts");
-    tape.finish([q, k, v].map(Fresh::output), move |grads| {
-        Ok(vec![layout.merge_on_gpu(OP, &grads.iter().map(Option::as_ref).collect::<Vec<_>>())?.tensor()])
+    let cut = |y: &Tensor| Ok([layout.view(y, 0)?, layout.view(y, 1)?, layout.view(y, 2)?]);
+    parts(&y, cut, move |grads| {
+        let grads = grads.iter().map(|grad| grad.as_ref().map(Tensor::contiguous).transpose());
+        let grads = grads.collect::<candle_core::Result<Vec<_>>>()?;
+        Ok(layout.merge_on_gpu(OP, &grads.iter().map(Option::as_ref).collect::<Vec<_>>())?.tensor())
     })
 }
 
@@ -122,10 +120,7 @@ pub fn merge_heads(
     let o = o.contiguous()?;
     let tape = Tape::new(OP, &[&o])?;
     let merged = layout.merge_on_gpu(OP, &[Some(&o)])?;
-    let merged = tape.finish_one(merged.output(), move |dy| {
-        let d_o = layout.split_on_gpu(OP, &dy.contiguous()?, 1)?.pop().expect("one part");
-        Ok(vec![d_o.tensor()])
-    })?;
+    let merged = tape.finish_one(merged.output(), move |dy| Ok(vec![layout.view(&dy.contiguous()?, 0)?]))?;
     biased(OP, affine(OP, &merged, w, b, Some(residual))?, b)
 }
 
@@ -159,9 +154,12 @@ pub fn mlp(x: &Tensor, mlp: &Mlp, residual: &Tensor, dropout: Option<Dropout>) -
 pub fn split_heads(x: &Tensor, layout: Layout) -> Result<Tensor> {
     const OP: &str = "split_heads";
     let x = x.contiguous()?;
-    let tape = Tape::new(OP, &[&x])?;
-    let heads = layout.split_on_gpu(OP, &x, 1)?.pop().expect("one part");
-    tape.finish_one(heads.output(), move |dy| Ok(vec![layout.merge_on_gpu(OP, &[Some(&dy.contiguous()?)])?.tensor()]))
+    let cut = |x: &Tensor| Ok([layout.view(x, 0)?]);
+    let [heads] = parts(&x, cut, move |grads| {
+        let grad = grads[0].as_ref().expect("a node is reached through its only result").contiguous()?;
+        Ok(layout.merge_on_gpu(OP, &[Some(&grad)])?.tensor())
+    })?;
+    Ok(heads)
 }
 
 /// See [`crate::ops::join_heads`].
@@ -170,10 +168,7 @@ pub fn join_heads(o: &Tensor, layout: Layout) -> Result<Tensor> {
     let o = o.contiguous()?;
     let tape = Tape::new(OP, &[&o])?;
     let joined = layout.merge_on_gpu(OP, &[Some(&o)])?;
-    tape.finish_one(joined.output(), move |dy| {
-        let d_o = layout.split_on_gpu(OP, &dy.contiguous()?, 1)?.pop().expect("one part");
-        Ok(vec![d_o.tensor()])
-    })
+    tape.finish_one(joined.output(), move |dy| Ok(vec![layout.view(&dy.contiguous()?, 0)?]))
 }
 
 /// See [`crate::ops::swiglu`].
@@ -228,15 +223,10 @@ impl Activate {
 }
 
 impl Layout {
-    /// `[B, T, n H D]` to n of `[B, H, T, D]`.
-    fn split_on_gpu(self, op: &'static str, x: &Tensor, n: usize) -> Result<Vec<Fresh>> {
+    /// Part i of those that lie side by side in `x` `[B, T, n H D]`, as `[B, H, T, D]`; nothing moves.
+    fn view(self, x: &Tensor, i: usize) -> candle_core::Result<Tensor> {
         let Self { batch, heads, time, dim } = self;
-        let device = x.device().as_cuda_device()?;
-        let parts =
-            (0..n).map(|_| Fresh::new(device, (batch, heads, time, dim), x.dtype())).collect::<Result<Vec<_>>>()?;
-        let part = |i: usize| parts.get(i).map_or(0, |part| part.address);
-        self.launch(op, true, address(op, "x", x)?, [part(0), part(1), part(2)], n, x)?;
-        Ok(parts)
+        x.reshape((batch, time, (), heads, dim))?.get_on_dim(2, i)?.transpose(1, 2)
     }
 
     /// Parts `[B, H, T, D]` side by side, `[B, T, n H D]`; a part that is not there is zeros.
@@ -249,98 +239,16 @@ impl Layout {
             Some(Some(part)) => address(op, "grad", part),
             _ => Ok(0),
         };
-        self.launch(op, false, whole.address, [part(0)?, part(1)?, part(2)?], parts.len(), like)?;
-        Ok(whole)
-    }
-
-    fn launch(
-        self,
-        op: &'static str,
-        split: bool,
-        whole: Address,
-        [a, b, c]: [Address; 3],
-        n: usize,
-        like: &Tensor,
-    ) -> Result<()> {
-        let [batch, heads, time, dim] = [self.batch, self.heads, self.time, self.dim].map(|size| size as i64);
+        let (a, b, c, n) = (part(0)?, part(1)?, part(2)?, parts.len() as c_int);
+        let [batch, heads, time, dim] = [batch, heads, time, dim].map(|size| size as c_int);
         let bytes = like.dtype().size_in_bytes() as c_int;
         ElementType::of(op, "x", like.dtype())?;
-        run(op, like.device().as_cuda_device()?, |stream| {
+        run(op, device, |stream| {
             // SAFETY: live contiguous allocations of these sizes.
-            unsafe { landmark_heads(split.into(), whole, a, b, c, n as c_int, batch, heads, time, dim, bytes, stream) }
-        })
-    }
-}
-
-/// See [`crate::ops::norm`]. `dtype` is that of `x`, or bf16 for an `x` of f32.
-pub fn norm(x: &Tensor, kind: NormKind, w: &Tensor, b: Option<&Tensor>, dtype: DType) -> Result<Tensor> {
-    const OP: &str = "norm";
-    let (rows, width) = rows_and_width(OP, "x", x)?;
-    check_shape(OP, "w", w, &[width])?;
-    if let Some(b) = b {
-        check_shape(OP, "bias", b, &[width])?;
-    }
-    let (x_type, y_type) = (ElementType::of(OP, "x", x.dtype())?, ElementType::of(OP, "dtype", dtype)?);
-    if y_type == ElementType::F32 && x_type == ElementType::Bf16 {
-        return Err(Error::DType { op: OP, tensor: "dtype", got: dtype, expected: "that of x, or bf16".into() });
-    }
-    let device = x.device().as_cuda_device()?.clone();
-    let x = x.contiguous()?;
-    let tape = Tape::new(OP, &[Some(&x), Some(w), b].into_iter().flatten().collect::<Vec<_>>())?;
-    let y = Fresh::new(&device, x.shape(), dtype)?;
-    let stats = Fresh::new(&device, (rows, 2), DType::F32)?;
-    let (x_at, w_at) = (address(OP, "x", &x)?, address(OP, "w", w)?);
-    let b_at = b.map_or(Ok(0), |b| address(OP, "bias", b))?;
-    let centred = c_int::from(kind == NormKind::Layer);
-    let (n, c) = (rows as c_int, width as c_int);
-    run(OP, &device, |stream| {
-        let (y, stats, eps) = (y.address, stats.address, kind.eps() as f32);
-        // SAFETY: live contiguous allocations of these sizes and types.
-        unsafe { landmark_norm_forward(x_at, x_type, w_at, b_at, y, y_type, stats, n, c, centred, eps, stream) }
-    })?;
-    let (w, biased, stats) = (w.clone(), b.is_some(), stats.tensor());
-    tape.finish_adding(y.output(), move |dy, so_far| {
-        // Enough blocks to fill the GPU, few enough that their parts of the sums are little beside x.
-        let parts = rows.div_ceil(8).min(528);
-        let kept = if biased { 2 * width } else { width };
-        let dy = dy.contiguous()?;
-        let dx = Fresh::new(&device, x.shape(), x.dtype())?;
-        let (partial, sums) = (Fresh::new(&device, (parts, kept), DType::F32)?, Fresh::new(&device, kept, DType::F32)?);
-        let (x_at, w_at) = (address(OP, "x", &x)?, address(OP, "w", &w)?);
-        let (dy_at, stats_at) = (address(OP, "dy", &dy)?, address(OP, "stats", &stats)?);
-        let so_far = so_far.map(|so_far| so_far.contiguous()).transpose()?;
-        let added = so_far.as_ref().map_or(Ok(0), |so_far| address(OP, "grad", so_far))?;
-        run(OP, &device, |stream| {
-            let (dx, partial, sums) = (dx.address, partial.address, sums.address);
-            // SAFETY: as above.
-            unsafe {
-                landmark_norm_backward(
-                    dy_at,
-                    y_type,
-                    x_at,
-                    x_type,
-                    w_at,
-                    stats_at,
-                    added,
-                    dx,
-                    partial,
-                    sums,
-                    parts as c_int,
-                    n,
-                    c,
-                    centred,
-                    biased.into(),
-                    stream,
-                )
-            }
+            unsafe { landmark_merge_heads(whole.address, a, b, c, n, batch, heads, time, dim, bytes, stream) }
         })?;
-        let sums = sums.tensor();
-        let mut grads = vec![dx.tensor(), sums.narrow(0, 0, width)?];
-        if biased {
-            grads.push(sums.narrow(0, width, width)?);
-        }
-        Ok(grads)
-    })
+        Ok(whole)
+    }
 }
 
 /// See [`crate::ops::embedding`]; f32. The tokens are best on the CPU: they are checked and sorted there.
@@ -367,28 +275,30 @@ pub fn embedding(w: &Tensor, tokens: &Tensor) -> Result<Tensor> {
         // SAFETY: live contiguous allocations of these sizes; the ids are rows of w.
         unsafe { landmark_gather_rows(w_at, ids_at, y.address, n, c, stream) }
     })?;
-    let pieces = if tape.tracked() { Pieces::of(&ids).on_device(w)? } else { Vec::new() };
-    tape.finish_one(y.output(), move |dy| {
+    tape.finish_adding(y.output(), move |dy, so_far| {
         let dy = dy.contiguous()?;
-        let [places, piece_starts, ids, token_starts] = pieces.as_slice() else {
-            unreachable!("made for every embedding that has a gradient");
-        };
+        // Here and not before: on the way back the processor is ahead of the GPU.
+        let [places, piece_starts, ids, token_starts] = Pieces::of(&ids).on_device(&dy)?;
         let (pieces, tokens) = (piece_starts.elem_count() - 1, ids.elem_count());
-        let dw = Tensor::zeros((vocab, width), DType::F32, dy.device())?;
+        let dw = match so_far {
+            Some(so_far) => so_far.contiguous()?,
+            None => Tensor::zeros((vocab, width), DType::F32, dy.device())?,
+        };
         let sums = Fresh::new(&device, (pieces, width), DType::F32)?;
         let at = |x: &Tensor| address(OP, "dy", x);
         let (dy_at, dw_at) = (at(&dy)?, at(&dw)?);
-        let [places, piece_starts, ids, token_starts] = [at(places)?, at(piece_starts)?, at(ids)?, at(token_starts)?];
+        let [places_at, piece_starts, ids_at, token_starts] =
+            [at(&places)?, at(&piece_starts)?, at(&ids)?, at(&token_starts)?];
         run(OP, &device, |stream| {
             let (pieces, tokens) = (pieces as c_int, tokens as c_int);
             // SAFETY: live contiguous allocations; the lists name rows of dy, of sums and of dw.
             unsafe {
                 landmark_scatter_rows(
                     dy_at,
-                    places,
+                    places_at,
                     piece_starts,
                     pieces,
-                    ids,
+                    ids_at,
                     token_starts,
                     tokens,
                     sums.address,
@@ -398,7 +308,7 @@ pub fn embedding(w: &Tensor, tokens: &Tensor) -> Result<Tensor> {
                 )
             }
         })?;
-        Ok(vec![dw])
+        Ok(vec![dw.into()])
     })
 }
 
@@ -444,58 +354,25 @@ impl Pieces {
         pieces
     }
 
-    fn on_device(&self, beside: &Tensor) -> Result<Vec<Tensor>> {
-        [&self.places, &self.piece_starts, &self.ids, &self.token_starts]
-            .map(|list| uploaded(list, beside))
-            .into_iter()
-            .collect()
+    /// The lists in their order.
+    fn on_device(&self, beside: &Tensor) -> Result<[Tensor; 4]> {
+        let Self { places, piece_starts, ids, token_starts } = self;
+        let up = |list: &[u32]| uploaded(list, beside);
+        Ok([up(places)?, up(piece_starts)?, up(ids)?, up(token_starts)?])
     }
 }
 
 unsafe extern "C" {
-    fn landmark_norm_forward(
-        x: Address,
-        x_type: ElementType,
-        w: Address,
-        b: Address,
-        y: Address,
-        y_type: ElementType,
-        stats: Address,
-        rows: c_int,
-        width: c_int,
-        centred: c_int,
-        eps: f32,
-        stream: *mut CudaStream_,
-    ) -> c_int;
-    fn landmark_norm_backward(
-        dy: Address,
-        y_type: ElementType,
-        x: Address,
-        x_type: ElementType,
-        w: Address,
-        stats: Address,
-        added: Address,
-        dx: Address,
-        partial: Address,
-        sums: Address,
-        parts: c_int,
-        rows: c_int,
-        width: c_int,
-        centred: c_int,
-        biased: c_int,
-        stream: *mut CudaStream_,
-    ) -> c_int;
-    fn landmark_heads(
-        split: c_int,
+    fn landmark_merge_heads(
         whole: Address,
         part0: Address,
         part1: Address,
         part2: Address,
         n: c_int,
-        batch: i64,
-        heads: i64,
-        time: i64,
-        dim: i64,
+        batch: c_int,
+        heads: c_int,
+        time: c_int,
+        dim: c_int,
         bytes: c_int,
         stream: *mut CudaStream_,
     ) -> c_int;

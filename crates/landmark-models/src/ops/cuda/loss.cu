@@ -5,6 +5,8 @@
 namespace {
 
 constexpr int THREADS = 512;
+// Shared memory of a block, so that a GPU's multiprocessor has two.
+constexpr int MOST_KEPT = 112 * 1024;
 constexpr int WARPS = THREADS / WARP;
 
 struct MaxSum {
@@ -30,12 +32,15 @@ __device__ MaxSum block_join(MaxSum x) {
 }
 
 // A block per row. losses[row] = share (lse - logit of the target); with gradients logits become share (softmax - 1 at the target). A row
-// of share 0 (no target) has neither. correct[row], if asked for: whether no logit is above the target's.
-template <typename T, int V>
+// of share 0 (no target) has neither. correct[row], if asked for: whether no logit is above the target's. KEPT: the row is in shared memory when
+// it is looked at again.
+template <typename T, int V, bool KEPT>
 __global__ void __launch_bounds__(THREADS)
     cross_entropy(T *logits, const uint32_t *targets, const float *shares, float *losses, uint8_t *correct, int vocab, bool gradients) {
+    extern __shared__ __align__(16) unsigned char shared[];
     const int64_t row = blockIdx.x;
     T *x = logits + row * vocab;
+    T *again = KEPT ? reinterpret_cast<T *>(shared) : x; // of which a thread reads what it wrote
     const float share = shares[row];
     if (share == 0.f) {
         if (threadIdx.x == 0) {
@@ -49,9 +54,13 @@ __global__ void __launch_bounds__(THREADS)
         return;
     }
     MaxSum mine{-1e30f, 0.f};
+#pragma unroll 4
     for (int c = threadIdx.x * V; c < vocab; c += THREADS * V) {
         float v[V];
-        load<V>(v, x + c);
+        const auto pack = *reinterpret_cast<const Pack<T, V> *>(x + c);
+        if (KEPT) *reinterpret_cast<Pack<T, V> *>(again + c) = pack;
+#pragma unroll
+        for (int i = 0; i < V; i++) v[i] = to_float(pack.x[i]);
         float max = v[0];
 #pragma unroll
         for (int i = 1; i < V; i++) max = fmaxf(max, v[i]);
@@ -72,7 +81,7 @@ __global__ void __launch_bounds__(THREADS)
     const float scale = share / all.sum;
     for (int c = threadIdx.x * V; c < vocab; c += THREADS * V) {
         float v[V];
-        load<V>(v, x + c);
+        load<V>(v, again + c);
 #pragma unroll
         for (int i = 0; i < V; i++) v[i] = __expf(v[i] - all.max) * scale - (c + i == target ? share : 0.f);
         store<V>(x + c, v);
@@ -102,12 +111,22 @@ template <typename T> __global__ void scale(T *x, const float *factor, int64_t n
 }
 
 template <typename T>
-void launch(void *logits, const uint32_t *targets, const float *shares, float *losses, uint8_t *correct, int rows, int vocab,
-            bool gradients, cudaStream_t stream) {
-    if (vocab % 8 == 0)
-        cross_entropy<T, 8><<<rows, THREADS, 0, stream>>>((T *)logits, targets, shares, losses, correct, vocab, gradients);
-    else
-        cross_entropy<T, 1><<<rows, THREADS, 0, stream>>>((T *)logits, targets, shares, losses, correct, vocab, gradients);
+cudaError_t launch(void *logits, const uint32_t *targets, const float *shares, float *losses, uint8_t *correct, int rows, int vocab,
+                   bool gradients, cudaStream_t stream) {
+    const int bytes = vocab * (int)sizeof(T);
+    const auto with = [&](auto kernel, int shared) {
+        const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+        if (error != cudaSuccess) return error;
+        kernel<<<rows, THREADS, shared, stream>>>((T *)logits, targets, shares, losses, correct, vocab, gradients);
+        return cudaGetLastError();
+    };
+    int device, most;
+    cudaError_t error = cudaGetDevice(&device);
+    if (!error) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error) return error;
+    if (vocab % 8 != 0) return with(cross_entropy<T, 1, false>, 0);
+    if (gradients && bytes <= MOST_KEPT && bytes <= most) return with(cross_entropy<T, 8, true>, bytes);
+    return with(cross_entropy<T, 8, false>, 0);
 }
 
 } // namespace
@@ -116,11 +135,8 @@ extern "C" {
 
 int landmark_cross_entropy(void *logits, int type, const uint32_t *targets, const float *shares, float *losses, uint8_t *correct,
                            int rows, int vocab, int gradients, cudaStream_t stream) {
-    if (type == F32)
-        launch<float>(logits, targets, shares, losses, correct, rows, vocab, gradients, stream);
-    else
-        launch<__nv_bfloat16>(logits, targets, shares, losses, correct, rows, vocab, gradients, stream);
-    return cudaGetLastError();
+    if (type == F32) return launch<float>(logits, targets, shares, losses, correct, rows, vocab, gradients, stream);
+    return launch<__nv_bfloat16>(logits, targets, shares, losses, correct, rows, vocab, gradients, stream);
 }
 
 int landmark_scale(void *x, int type, const float *factor, int64_t n, cudaStream_t stream) {

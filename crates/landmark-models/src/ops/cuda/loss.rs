@@ -6,11 +6,10 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{DType, Tensor};
 
 use super::gemm::{Matrix, product};
-use super::layers::in_type_of;
 use super::{Address, CudaStream_, ElementType, Fresh, address, run};
 use crate::Result;
 use crate::ops::cross_entropy::{check, shares};
-use crate::ops::record::Tape;
+use crate::ops::record::{Tape, in_type};
 use crate::ops::{IGNORE, TokenScore};
 
 const OP: &str = "cross_entropy";
@@ -90,7 +89,7 @@ impl Chunks {
         };
         let step = (CHUNK / vocab).clamp(1, n).next_multiple_of(128).min(n);
         let logits = Fresh::new(device, (step, vocab), x.dtype())?;
-        let weight = in_type_of(x, w)?;
+        let weight = in_type(w, x.dtype())?;
         let w_vc = Matrix::new(address(OP, "w", &weight)?, dtype, vocab, width);
         let (x_at, targets_at, shares_at) =
             (address(OP, "x", x)?, address(OP, "targets", &targets)?, address(OP, "shares", &shares)?);

@@ -4,14 +4,17 @@
 //! bf16 and sum in f32; what they give, but for what goes onto the residual stream, is rounded to bf16, as are the logits. PyTorch's
 //! autocast differs in one place: it rounds to bf16 before it adds to the residual stream.
 //!
-//! - `gemm`: matrix products, by cuBLASLt;
-//! - `layers`: the operations of a layer and the embedding, `layers.cu` its kernels;
+//! - `gemm`: matrix products, by cuBLASLt; `tune` chooses its algorithms;
+//! - `norm`: normalisation, `norm.cu` its kernels;
+//! - `layers`: the other operations of a layer and the embedding, `layers.cu` its kernels;
 //! - `loss`: the cross entropy, `loss.cu` its kernels;
 //! - this file: memory that kernels read and write.
 
 mod gemm;
 mod layers;
 mod loss;
+mod norm;
+mod tune;
 
 use std::ffi::{CStr, c_char, c_int};
 
@@ -24,8 +27,9 @@ use candle_core::{CudaStorage, DType, Shape, Storage, Tensor};
 use super::record::Output;
 use crate::{Error, Result};
 
-pub use layers::{embedding, join_heads, linear, merge_heads, mlp, norm, project_heads, split_heads, swiglu};
+pub use layers::{embedding, join_heads, linear, merge_heads, mlp, project_heads, split_heads, swiglu};
 pub use loss::{cross_entropy, token_scores};
+pub use norm::norm;
 
 /// An address on a GPU.
 type Address = u64;
@@ -46,6 +50,17 @@ impl ElementType {
             got => Err(Error::DType { op, tensor, got, expected: "f32 or bf16 on a GPU".into() }),
         }
     }
+
+    fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+
+    fn bytes(self) -> usize {
+        self.dtype().size_in_bytes()
+    }
 }
 
 /// The address of a contiguous tensor on a GPU.
@@ -53,15 +68,20 @@ impl ElementType {
 /// Reads and writes through it are in the order of the device's one stream, on which the tensor's memory is freed as well: it is valid
 /// for every kernel that is launched while the tensor lives.
 fn address(op: &'static str, tensor: &'static str, x: &Tensor) -> Result<Address> {
+    if !x.is_contiguous() {
+        let got = format!("strided {:?}", x.stride());
+        return Err(Error::Value { op, name: tensor, got, expected: "contiguous".into() });
+    }
+    start(op, tensor, x)
+}
+
+/// The address of the first element of a tensor on a GPU, whose other elements are where its strides say; valid as [`address`] is.
+fn start(op: &'static str, tensor: &'static str, x: &Tensor) -> Result<Address> {
     let (storage, layout) = x.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else {
         return Err(Error::Device { op, tensor, got: format!("{:?}", x.device().location()) });
     };
-    let Some((start, _)) = layout.contiguous_offsets() else {
-        let got = format!("strided {:?}", layout.stride());
-        return Err(Error::Value { op, name: tensor, got, expected: "contiguous".into() });
-    };
-    Ok(storage_address(storage) + (start * x.dtype().size_in_bytes()) as u64)
+    Ok(storage_address(storage) + (layout.start_offset() * x.dtype().size_in_bytes()) as u64)
 }
 
 fn storage_address(storage: &CudaStorage) -> Address {
