@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use landmark_attention::{LandmarkParams, Landmarks, reference};
 use landmark_models::llama::{LandmarkConfig, Llama, LlamaConfig, Matrix};
-use landmark_models::ops::{Gradients, Recording};
+use landmark_models::ops::{Gradients, Recording, Rounded};
 use landmark_models::{Error, IGNORE};
 use serde_json::{Value, json};
 
@@ -173,7 +173,7 @@ fn gradients_are_those_of_the_reference() {
             let expected = Plain { config: &config, model: &model }.loss(&ids, &targets, &landmarks).unwrap();
             let expected_grads = expected.backward().unwrap();
             for record in [false, true] {
-                let recording = record.then(Recording::start);
+                let recording = record.then(|| Recording::start(&Rounded::default()));
                 let mut attention = model.window_attention(&ids).unwrap();
                 let loss = model.loss(&model.hidden(&ids, &mut attention).unwrap(), &targets, None).unwrap();
                 assert!(off(&loss, &expected) < 1e-12, "{:?}: {loss} {expected}", config.architecture);

@@ -176,7 +176,7 @@ mod tests {
         let x = Var::from_tensor(&matrix(6, 64).reshape((2, 3, 64)).unwrap()).unwrap();
         let residual = Var::from_tensor(&matrix(6, 7).reshape((2, 3, 7)).unwrap()).unwrap();
         let run = |w: &Matrix, record: bool| {
-            let recording = record.then(ops::Recording::start);
+            let recording = record.then(|| ops::Recording::start(&ops::Rounded::default()));
             let y = w.linear(&x, Some(&b), Some(&residual)).unwrap();
             let head = Matrix::Dense(matrix(5, 7));
             let targets = Tensor::new(&[[0u32, 1, 2], [3, 4, 0]], &Device::Cpu).unwrap();
