@@ -1,4 +1,4 @@
-//! Answers questions about a LLaMA, one JSON object a line: this project's side of `benches/llama_cpp.py` and `benches/llama_hf.py`, which
+//! Answers questions about a LLaMA, one JSON object a line: this project's side of `benches/gguf_peer.py` and `benches/llama_hf.py`, which
 //! put the same questions to llama.cpp and to transformers.
 //!
 //! `llama_peer MODEL`, a folder or a GGUF file; of each question the answer is one line:

@@ -49,7 +49,10 @@ impl Matrix {
             (Self::Dense(w), Some(residual)) => ops::linear_onto(x, w, b, residual),
             (Self::Quantized(w), _) => {
                 let dtype = residual.unwrap_or(x).dtype();
-                let y = ops::bridge([x], |[x]| x.contiguous()?.apply_op1(Times(w.clone()))?.to_dtype(dtype))?;
+                let y = match x.device() {
+                    Device::Cpu => ops::quantized_linear(x, w)?,
+                    _ => ops::bridge([x], |[x]| x.contiguous()?.apply_op1(Times(w.clone()))?.to_dtype(dtype))?,
+                };
                 let y = match b {
                     Some(b) => ops::bridge([&y, b], |[y, b]| y.broadcast_add(&b.to_dtype(dtype)?))?,
                     None => y,
@@ -122,7 +125,7 @@ impl Matrix {
     }
 }
 
-/// `x w^T`.
+/// `x w^T` on a GPU, by candle.
 struct Times(Arc<QTensor>);
 
 impl CustomOp1 for Times {
@@ -130,8 +133,8 @@ impl CustomOp1 for Times {
         "quantized_linear"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.0.cpu_fwd(x, layout)
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        candle_core::bail!("quantized_linear: on the CPU it is an operation of its own")
     }
 
     #[cfg(feature = "cuda")]
@@ -168,7 +171,7 @@ mod tests {
         (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
     }
 
-    /// The product, its gradients and the rows are those of the dequantized matrix; the product up to the rounding of x to 8 bits.
+    /// The product, its gradients and the rows are those of the dequantized matrix; and a row alone is what it is among others.
     #[test]
     fn a_quantized_matrix_is_its_dequantized_one() {
         let (w, b) = (quantized(7), Tensor::arange(0f32, 7., &Device::Cpu).unwrap());
@@ -190,7 +193,7 @@ mod tests {
         let expected = run(&dense, false);
         for record in [false, true] {
             for (got, expected) in run(&w, record).iter().zip(&expected) {
-                assert!(off(got, expected) < 0.03, "{}", off(got, expected));
+                assert!(off(got, expected) < 1e-5, "{}", off(got, expected));
             }
         }
         let ids = Tensor::new(&[[6u32, 0]], &Device::Cpu).unwrap();

@@ -18,6 +18,7 @@ mod math;
 mod mlp;
 mod norm;
 mod product;
+mod quantized;
 mod record;
 mod rows;
 mod vectorised;
@@ -33,6 +34,7 @@ pub use record::{Gradients, Recording, Rounded};
 
 pub(crate) use dropout::mix64;
 pub(crate) use elements::ids;
+pub(crate) use quantized::quantized_linear;
 pub(crate) use record::{attend, bridge, recomputed};
 
 /// Calls a function that is generic over the element type with the type of a tensor.
