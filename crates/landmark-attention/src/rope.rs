@@ -27,6 +27,7 @@ pub enum Pairs {
 pub struct Rope {
     inv_freq: Vec<f64>,
     pairs: Pairs,
+    scale: f64,
 }
 
 impl Rope {
@@ -34,7 +35,22 @@ impl Rope {
     /// of any dtype.
     pub fn new(head_dim: usize, base: f64, pairs: Pairs) -> Self {
         let inv_freq = (0..head_dim / 2).map(|i| base.powf(-2. * i as f64 / head_dim as f64) as f32 as f64).collect();
-        Self { inv_freq, pairs }
+        Self::with_frequencies(inv_freq, pairs)
+    }
+
+    /// These frequencies, of pair 0 first: for models that were stretched to longer texts.
+    pub fn with_frequencies(inv_freq: Vec<f64>, pairs: Pairs) -> Self {
+        Self { inv_freq, pairs, scale: 1. }
+    }
+
+    /// The same, of which what is rotated also comes out longer by a factor (YaRN's temperature: scores grow by its square).
+    pub fn scaled(self, scale: f64) -> Self {
+        Self { scale, ..self }
+    }
+
+    /// The frequencies.
+    pub fn frequencies(&self) -> &[f64] {
+        &self.inv_freq
     }
 
     /// Channels of a head: twice the number of frequencies.
@@ -50,7 +66,7 @@ impl Rope {
             .flat_map(|&p| {
                 self.inv_freq.iter().map(move |f| {
                     let (sin, cos) = (p as f64 * f).sin_cos();
-                    [cos, sin]
+                    [self.scale * cos, self.scale * sin]
                 })
             })
             .collect();
@@ -110,7 +126,8 @@ impl Rotation {
         Ok(x.apply_op1(self.clone())?)
     }
 
-    /// The rotation that undoes this one, and so turns the gradient of its result into that of its argument.
+    /// The rotation back, which turns the gradient of this one's result into that of its argument. (If it [scales](Rope::scaled) it
+    /// does so too: it is the transpose.)
     pub fn inverse(&self) -> Self {
         Self { sign: -self.sign, ..self.clone() }
     }

@@ -101,6 +101,22 @@ pub enum Error {
         /// What the parser said.
         source: serde_json::Error,
     },
+    /// A folder or a file does not hold a model that can be read.
+    #[error("{path}: {reason}")]
+    NoModel {
+        /// The folder or the file.
+        path: PathBuf,
+        /// What is missing or wrong, and what to do.
+        reason: String,
+    },
+    /// A text that should be JSON is none.
+    #[error("{what}: {source}")]
+    Json {
+        /// What the text is.
+        what: &'static str,
+        /// What the parser said.
+        source: serde_json::Error,
+    },
     /// A weights file is not readable safetensors: corrupt, or cut short.
     #[error("{path}: {source}")]
     WeightsFile {

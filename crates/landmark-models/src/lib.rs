@@ -1,7 +1,8 @@
 //! Transformers that attend through landmarks.
 //!
 //! [`gpt`] is the reference GPT of Mohtashami and Jaggi (2023): its configuration, the model, its attention inside the
-//! window, and its files. [`ops`] are the fused CPU operations it is made of, each with its gradient.
+//! window, and its files. [`llama`] is the LLaMA family, from Hugging Face's folders and from GGUF files. [`ops`] are the fused operations
+//! that they are made of, each with its gradient.
 //!
 //! A model asks for attention through [`landmark_attention::Attend`] and knows no implementation of it: the same layers
 //! train inside a window and read a text of any length through a cache.
@@ -24,7 +25,10 @@
 //! ```
 
 mod error;
+mod files;
 pub mod gpt;
+pub mod hub;
+pub mod llama;
 pub mod ops;
 
 pub use error::{Error, Result};

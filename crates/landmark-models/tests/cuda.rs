@@ -67,8 +67,11 @@ fn norms() {
         compare("layer norm", &[x.clone(), w.clone(), b], |v, dtype| {
             Ok(vec![ops::norm(&v[0], NormKind::Layer, &v[1], Some(&v[2]), dtype)?])
         });
+        compare("rms norm of large eps", &[x.clone(), w.clone()], |v, dtype| {
+            Ok(vec![ops::norm(&v[0], NormKind::Rms { eps: 0.1 }, &v[1], None, dtype)?])
+        });
         compare("rms norm of activations", &[x, w], |v, dtype| {
-            Ok(vec![ops::norm(&v[0].to_dtype(dtype)?, NormKind::Rms, &v[1], None, dtype)?])
+            Ok(vec![ops::norm(&v[0].to_dtype(dtype)?, NormKind::Rms { eps: 1e-5 }, &v[1], None, dtype)?])
         });
     }
 }
@@ -98,6 +101,41 @@ fn heads() {
         let (o, w) = (values(3, &[batch, heads, time, dim]), values(4, &[c, c]));
         compare("merge_heads", &[o, w, x], |v, dtype| {
             Ok(vec![ops::merge_heads(&v[0].to_dtype(dtype)?, &v[1], None, &v[2], None)?])
+        });
+    }
+}
+
+#[test]
+fn heads_of_grouped_queries() {
+    for (batch, time, heads, dim) in [(2, 5, 3, 64), (1, 7, 2, 6), (3, 40, 9, 16)] {
+        compare("split_heads", &[values(1, &[batch, time, heads * dim])], |v, dtype| {
+            Ok(vec![ops::split_heads(&v[0].to_dtype(dtype)?, heads)?])
+        });
+        compare("join_heads", &[values(1, &[batch, heads, time, dim])], |v, dtype| {
+            Ok(vec![ops::join_heads(&v[0].to_dtype(dtype)?)?])
+        });
+    }
+}
+
+#[test]
+fn gated_by_another_tensor() {
+    for width in [4, 64, 1536] {
+        compare("swiglu", &[values(1, &[2, 33, width]), values(2, &[2, 33, width])], |v, dtype| {
+            Ok(vec![ops::swiglu(&v[0].to_dtype(dtype)?, &v[1].to_dtype(dtype)?)?])
+        });
+    }
+}
+
+#[test]
+fn onto_the_stream() {
+    for (n, n_in, n_out) in [(7, 24, 40), (130, 384, 1152), (1, 64, 8)] {
+        let (x, w, b) = (values(1, &[n, n_in]), values(2, &[n_out, n_in]), values(3, &[n_out]));
+        compare("linear_onto", &[x.clone(), w.clone(), b, values(4, &[n, n_out])], |v, dtype| {
+            Ok(vec![ops::linear_onto(&v[0].to_dtype(dtype)?, &v[1], Some(&v[2]), &v[3])?])
+        });
+        compare("linear_onto, frozen", &[x, values(4, &[n, n_out])], |v, dtype| {
+            let w = w.to_device(v[0].device())?;
+            Ok(vec![ops::linear_onto(&v[0].to_dtype(dtype)?, &w, None, &v[1])?])
         });
     }
 }

@@ -1,4 +1,4 @@
-//! The GPT against the authors' implementation.
+//! The GPT against the authors' implementation, LLaMAs against `transformers`.
 
 mod support;
 
@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Result, Tensor};
 use landmark_models::gpt::{Gpt, GptConfig, SoftmaxFunc, Variant, WindowAttention};
-use support::{Golden, assert_close};
+use landmark_models::llama::{Llama, LlamaConfig};
+use support::{Golden, assert_close, golden_file};
 
 fn config() -> GptConfig {
     GptConfig {
@@ -55,6 +56,25 @@ fn softmax_ignore_mem() {
 fn context_miss_forward() {
     let config = GptConfig { model: Variant::LandmarkWithCmt, ..config() };
     check_logits(&config, "gpt_cmt_forward", "gpt_cmt_forward");
+}
+
+#[test]
+fn llamas() {
+    for case in ["llama2_like", "llama3_like"] {
+        let json = std::fs::read_to_string(golden_file(&format!("{case}.config.json"))).unwrap();
+        let config = LlamaConfig::from_json(&json).unwrap();
+        let golden = Golden::read(&format!("{case}_logits"));
+        for dtype in [DType::F32, DType::F64] {
+            let weights = Golden::read(&format!("{case}.model")).under("", dtype);
+            let model = Llama::from_tensors(&config, weights).unwrap();
+            let ids = golden.ids("input_ids");
+            for model in [model.detached(), model] {
+                let mut attention = model.window_attention(&ids).unwrap();
+                let logits = model.logits(&model.hidden(&ids, &mut attention).unwrap()).unwrap();
+                assert_close(&format!("{case} in {dtype:?}"), &logits, golden.get("logits"), 1e-4);
+            }
+        }
+    }
 }
 
 #[test]

@@ -55,9 +55,51 @@ fn gradient_of_linear() {
 }
 
 #[test]
+fn gradient_of_linear_onto() {
+    let (x, w, b, residual) = (values(1, &[2, 3, 5]), values(2, &[7, 5]), values(3, &[7]), values(4, &[2, 3, 7]));
+    check_gradients("linear_onto", &[&x, &w, &residual], || Ok(weigh(&ops::linear_onto(&x, &w, None, &residual)?)?));
+    check_gradients("linear_onto with bias", &[&x, &w, &b, &residual], || {
+        Ok(weigh(&ops::linear_onto(&x, &w, Some(&b), &residual)?)?)
+    });
+    // Of a weight that does not learn no gradient is computed, and the others' are right.
+    let frozen = w.as_detached_tensor();
+    check_gradients("linear_onto, frozen", &[&x, &residual], || {
+        Ok(weigh(&ops::linear_onto(&x, &frozen, None, &residual)?)?)
+    });
+    let short = residual.narrow(2, 0, 6).unwrap();
+    assert!(matches!(ops::linear_onto(&x, &w, None, &short), Err(Error::Shape { tensor: "residual", .. })));
+}
+
+#[test]
+fn gradient_of_heads() {
+    let x = values(1, &[2, 3, 12]);
+    check_gradients("split_heads", &[&x], || Ok(weigh(&ops::split_heads(&x, 3)?)?));
+    let expected = x.reshape((2, 3, 3, 4)).unwrap().transpose(1, 2).unwrap().contiguous().unwrap();
+    assert_eq!(bits(&ops::split_heads(&x, 3).unwrap()), bits(&expected));
+    let o = values(2, &[2, 3, 4, 5]);
+    check_gradients("join_heads", &[&o], || Ok(weigh(&ops::join_heads(&o)?)?));
+    assert_eq!(bits(&ops::join_heads(&ops::split_heads(&x, 3).unwrap()).unwrap()), bits(&x));
+    assert!(matches!(ops::split_heads(&x, 5), Err(Error::Shape { tensor: "x", .. })));
+    assert!(matches!(ops::join_heads(&x), Err(Error::Shape { tensor: "o", .. })));
+}
+
+#[test]
+fn gradient_of_swiglu() {
+    let (gate, up) = (values(1, &[2, 3, 7]), values(2, &[2, 3, 7]));
+    check_gradients("swiglu", &[&gate, &up], || Ok(weigh(&ops::swiglu(&gate, &up)?)?));
+    assert!(matches!(ops::swiglu(&gate, &values(3, &[2, 3, 6])), Err(Error::Shape { tensor: "up", .. })));
+}
+
+#[test]
 fn gradient_of_norm() {
     let (x, w, b) = (values(1, &[3, 2, 37]), values(2, &[37]), values(3, &[37]));
-    check_gradients("rms_norm", &[&x, &w], || Ok(weigh(&ops::norm(&x, NormKind::Rms, &w, None, x.dtype())?)?));
+    check_gradients("rms_norm", &[&x, &w], || {
+        Ok(weigh(&ops::norm(&x, NormKind::Rms { eps: 1e-5 }, &w, None, x.dtype())?)?)
+    });
+    let rms = NormKind::Rms { eps: 0.1 };
+    check_gradients("rms_norm of large eps", &[&x, &w], || Ok(weigh(&ops::norm(&x, rms, &w, None, x.dtype())?)?));
+    let zeros = Tensor::zeros((1, 37), DType::F64, &CPU).unwrap();
+    assert!(ops::norm(&zeros, rms, &w, None, x.dtype()).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap() == 0.);
     check_gradients("layer_norm", &[&x, &w], || Ok(weigh(&ops::norm(&x, NormKind::Layer, &w, None, x.dtype())?)?));
     check_gradients("layer_norm with bias", &[&x, &w, &b], || {
         Ok(weigh(&ops::norm(&x, NormKind::Layer, &w, Some(&b), x.dtype())?)?)

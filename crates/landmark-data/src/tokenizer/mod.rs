@@ -17,7 +17,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
-use serde_json::Value;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokenizers::{DecoderWrapper, ModelWrapper, PreTokenizerWrapper};
 
@@ -232,6 +232,39 @@ impl Tokenizer {
         match &self.kind {
             Kind::Bytes => Some(byte_level::LANDMARK),
             Kind::HuggingFace(hf) => hf.landmark,
+        }
+    }
+
+    /// What the file says comes before a text: the mark for the beginning, of models that were trained with one.
+    pub fn beginning(&self) -> Vec<u32> {
+        let Kind::HuggingFace(hf) = &self.kind else { return Vec::new() };
+        let ids = |special| hf.ordinary.encode_fast("a", special).map(|encoding| encoding.get_ids().to_vec());
+        let (Ok(with), Ok(without)) = (ids(true), ids(false)) else { return Vec::new() };
+        let place = with.windows(without.len().max(1)).position(|window| window == without);
+        with[..place.unwrap_or(0)].to_vec()
+    }
+
+    /// The same tokenizer with one more special token, which has the next id, and that id.
+    pub fn with_special_token(&self, token: &str) -> Result<(Self, u32)> {
+        if let Some(id) = self.token_id(token) {
+            return Ok((self.clone(), id));
+        }
+        let path = Path::new("<memory>");
+        let unusable = |source| Error::TokenizerFile { path: path.to_path_buf(), source };
+        let mut json: Value = serde_json::from_slice(&self.json).map_err(|e| unusable(e.into()))?;
+        let id = self.vocab_size_u32();
+        let added = json!({
+            "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true,
+        });
+        match &mut json["added_tokens"] {
+            Value::Array(list) => list.push(added),
+            other => *other = json!([added]),
+        }
+        let new = Self::parse(path, json.to_string().into_bytes())?;
+        // The library gives ids of its own to tokens whose ids do not follow on.
+        match new.token_id(token) {
+            Some(got) if got == id && new.vocab_size_u32() == id + 1 => Ok((new, id)),
+            got => Err(unusable(format!("{token} would be {got:?}, expected {id}: its ids have holes").into())),
         }
     }
 

@@ -55,18 +55,7 @@ impl WindowAttention {
         negatives: Option<(NegativeRows, usize)>,
     ) -> Result<Self> {
         config.validate()?;
-        let &[batch, time] = ids.dims() else {
-            return Err(Error::Shape {
-                op: OP,
-                tensor: "ids",
-                got: ids.dims().to_vec(),
-                expected: "[batch, time]".into(),
-            });
-        };
-        if time > config.sequence_length || ids.elem_count() == 0 {
-            let expected = format!("[batch, 1..={}]: sequence_length", config.sequence_length);
-            return Err(Error::Shape { op: OP, tensor: "ids", got: ids.dims().to_vec(), expected });
-        }
+        let (batch, time) = window(ids, config.sequence_length)?;
         let ids = ops::ids(OP, "ids", ids)?;
         let has_landmarks = config.model != Variant::BaseRotary;
         let is_landmark: Vec<u8> = ids.iter().map(|&id| (has_landmarks && id == config.landmark_id) as u8).collect();
@@ -105,6 +94,22 @@ impl WindowAttention {
             _ => None,
         };
         Ok(Self { batch, time, rotation, params, seed: seed.unwrap_or(0), miss, negatives })
+    }
+
+    /// For the windows `ids` of a model that has nothing but landmarks, or not even those: `rope` of their length, a landmark's id, the most
+    /// positions of a window.
+    pub(crate) fn with_rope(
+        rope: impl FnOnce(usize) -> Rope,
+        landmark: Option<u32>,
+        longest: usize,
+        ids: &Tensor,
+    ) -> Result<Self> {
+        let (batch, time) = window(ids, longest)?;
+        let ids = ops::ids(OP, "ids", ids)?;
+        let is_landmark: Vec<u8> = ids.iter().map(|&id| (Some(id) == landmark) as u8).collect();
+        let rotation = rope(time).at(&(0..time as i64).collect::<Vec<_>>());
+        let params = LandmarkParams::new(landmarks(&is_landmark, batch, time)?);
+        Ok(Self { batch, time, rotation, params, seed: 0, miss: None, negatives: None })
     }
 
     /// The parameters for a layer: each draws its own dropout.
@@ -176,6 +181,17 @@ impl Attend for WindowAttention {
 
     fn again(&self) -> Option<Box<dyn Attend + Send>> {
         Some(Box::new(self.clone()))
+    }
+}
+
+/// Batch and time of windows of at most `longest` positions.
+fn window(ids: &Tensor, longest: usize) -> Result<(usize, usize)> {
+    match *ids.dims() {
+        [batch, time] if time <= longest && ids.elem_count() > 0 => Ok((batch, time)),
+        _ => {
+            let expected = format!("[batch, 1..={longest}], the model's window");
+            Err(Error::Shape { op: OP, tensor: "ids", got: ids.dims().to_vec(), expected })
+        }
     }
 }
 

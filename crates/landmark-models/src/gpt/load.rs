@@ -1,26 +1,18 @@
 //! A model's files: `config.json` and `model.safetensors` in a directory.
-//!
-//! Each is written under another name, synced to the disk and then renamed, so that a file by the final name is always a
-//! whole one, whenever the machine stops.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::config::GptConfig;
 use super::model::Gpt;
+use crate::files::{at, replace};
 use crate::{Error, Result};
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
-
-fn at(path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
-    let path = path.to_path_buf();
-    move |source| Error::Io { path, source }
-}
 
 impl Gpt {
     /// Writes the model's files into `dir`, which is made if it does not exist; files of an earlier model are replaced.
@@ -64,13 +56,4 @@ impl Gpt {
         }
         Self::from_tensors(&config, tensors)
     }
-}
-
-fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let mut name = path.as_os_str().to_os_string();
-    name.push(".partial");
-    let partial = PathBuf::from(name);
-    write(&partial)?;
-    File::open(&partial).and_then(|file| file.sync_all()).map_err(at(&partial))?;
-    fs::rename(&partial, path).map_err(at(path))
 }

@@ -11,6 +11,9 @@ use super::parameters;
 use crate::ops::{self, Activation, Dropout, Mlp, NormKind, TokenScore};
 use crate::{Error, Result};
 
+/// RMSNorm with the epsilon of the LayerNorm.
+const RMS: NormKind = NormKind::Rms { eps: 1e-5 };
+
 /// A GPT and its parameters.
 ///
 /// Legend: B batch, T time, C width, H heads, D head_dim, V vocabulary.
@@ -125,7 +128,7 @@ impl Gpt {
         };
         let kind = match config.norm {
             config::Norm::Layer => NormKind::Layer,
-            config::Norm::Rms => NormKind::Rms,
+            config::Norm::Rms => RMS,
         };
         let activation = match config.mlp {
             MlpKind::Gelu => Activation::Gelu,
@@ -139,7 +142,7 @@ impl Gpt {
                 c_attn: pair(&format!("{h}.attn.c_attn")),
                 qk_norm: config
                     .qk_norm
-                    .then(|| ["q_norm", "k_norm"].map(|name| norm(&format!("{h}.attn.{name}"), NormKind::Rms))),
+                    .then(|| ["q_norm", "k_norm"].map(|name| norm(&format!("{h}.attn.{name}"), RMS))),
                 c_proj: pair(&format!("{h}.attn.c_proj")),
                 ln_2: norm(&format!("{h}.ln_2"), kind),
                 mlp: Mlp { activation, up, up_bias, down, down_bias },

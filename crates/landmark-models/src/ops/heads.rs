@@ -95,6 +95,54 @@ fn merge<T: Real>(
     })
 }
 
+/// `x` `[B, T, H D]` as heads `[B, H, T, D]`.
+pub fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
+    const OP: &str = "split_heads";
+    let layout = match *x.dims() {
+        [batch, time, width] if heads > 0 && width % heads == 0 && x.elem_count() > 0 => {
+            Layout { batch, heads, time, dim: width / heads }
+        }
+        _ => {
+            let expected = format!("[batch, time, a multiple of {heads} heads]");
+            return Err(Error::Shape { op: OP, tensor: "x", got: x.dims().to_vec(), expected });
+        }
+    };
+    on_gpu!(x, super::cuda::split_heads(x, layout));
+    by_dtype!(OP, "x", x, split(x, layout))
+}
+
+fn split<T: Real>(x: &Tensor, layout: Layout) -> Result<Tensor> {
+    const OP: &str = "split_heads";
+    let (x, width) = (x.contiguous()?, layout.heads * layout.dim);
+    let tape = Tape::new(OP, &[&x])?;
+    let heads = layout.split(&Elements::<T>::of(OP, "x", &x)?, width, 0);
+    let (shape, device) = (x.shape().clone(), x.device().clone());
+    tape.finish_one(Output::new(heads, &layout.dims()), move |dy| {
+        let dx = layout.merge(&[Some(&*Elements::<T>::of(OP, "dy", &dy)?)]);
+        Ok(vec![Tensor::from_vec(dx, &shape, &device)?])
+    })
+}
+
+/// Heads `[B, H, T, D]` as `[B, T, H D]`.
+pub fn join_heads(o: &Tensor) -> Result<Tensor> {
+    const OP: &str = "join_heads";
+    let layout = Layout::of_heads(OP, o)?;
+    on_gpu!(o, super::cuda::join_heads(o, layout));
+    by_dtype!(OP, "o", o, join(o, layout))
+}
+
+fn join<T: Real>(o: &Tensor, layout: Layout) -> Result<Tensor> {
+    const OP: &str = "join_heads";
+    let (o, width) = (o.contiguous()?, layout.heads * layout.dim);
+    let tape = Tape::new(OP, &[&o])?;
+    let joined = layout.merge(&[Some(&*Elements::<T>::of(OP, "o", &o)?)]);
+    let device = o.device().clone();
+    tape.finish_one(Output::new(joined, (layout.batch, layout.time, width)), move |dy| {
+        let d_o = layout.split(&Elements::<T>::of(OP, "dy", &dy)?, width, 0);
+        Ok(vec![Tensor::from_vec(d_o, &layout.dims(), &device)?])
+    })
+}
+
 /// The sizes of `[B, H, T, D]`.
 #[derive(Clone, Copy)]
 pub(super) struct Layout {

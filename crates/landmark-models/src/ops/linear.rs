@@ -1,7 +1,8 @@
-//! The affine map `x w^T + b`.
+//! The affine map `x w^T + b`, alone and onto the residual stream.
 
 use candle_core::Tensor;
 
+use super::dropout::add_residual;
 use super::elements::{Elements, check_shape, rows_and_width};
 use super::math::Real;
 use super::product::{Matrix, product};
@@ -9,28 +10,49 @@ use super::record::{Output, Tape};
 use super::{by_dtype, on_gpu, rows};
 use crate::{Error, Result};
 
-/// `x w^T + b` for `x` `[.., in]`, `w` `[out, in]`, `b` `[out]`; returns `[.., out]`.
+/// `x w^T + b` for `x` `[.., in]`, `w` `[out, in]`, `b` `[out]`; returns `[.., out]`. No gradient is computed of a `w` that is no variable.
 pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
-    on_gpu!(x, super::cuda::linear(x, w, b));
-    by_dtype!("linear", "x", x, typed(x, w, b))
+    on_gpu!(x, super::cuda::linear(x, w, b, None));
+    by_dtype!("linear", "x", x, typed(x, w, b, None))
 }
 
-fn typed<T: Real>(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+/// `residual + x w^T + b`, arguments as for [`linear`], `residual` `[.., out]`.
+pub fn linear_onto(x: &Tensor, w: &Tensor, b: Option<&Tensor>, residual: &Tensor) -> Result<Tensor> {
+    on_gpu!(x, super::cuda::linear(x, w, b, Some(residual)));
+    by_dtype!("linear_onto", "x", x, typed(x, w, b, Some(residual)))
+}
+
+fn typed<T: Real>(x: &Tensor, w: &Tensor, b: Option<&Tensor>, residual: Option<&Tensor>) -> Result<Tensor> {
     const OP: &str = "linear";
     let (n, n_in) = rows_and_width(OP, "x", x)?;
     let n_out = check_weight(OP, "w", w, b, n_in)?;
-    let x = x.contiguous()?;
-    let tape = Tape::new(OP, &[Some(&x), Some(w), b].into_iter().flatten().collect::<Vec<_>>())?;
-    let y = affine::<T>(OP, &Elements::of(OP, "x", &x)?, n, w, b)?;
     let shape = [&x.dims()[..x.rank() - 1], &[n_out]].concat();
-    let (w, biased) = (w.clone(), b.is_some());
+    let x = x.contiguous()?;
+    let residual = residual.map(Tensor::contiguous).transpose()?;
+    let inputs = [Some(&x), Some(w), b, residual.as_ref()];
+    let tape = Tape::new(OP, &inputs.into_iter().flatten().collect::<Vec<_>>())?;
+    let mut y = affine::<T>(OP, &Elements::of(OP, "x", &x)?, n, w, b)?;
+    if let Some(residual) = &residual {
+        check_shape(OP, "residual", residual, &shape)?;
+        add_residual(&mut y, &Elements::of(OP, "residual", residual)?, n_out, None)?;
+    }
+    let (biased, adds, learns) = (b.is_some(), residual.is_some(), tape.wants(w));
+    let w = w.clone();
     tape.finish_one(Output::new(y, shape), move |dy| {
-        let dy = Elements::<T>::of(OP, "dy", &dy)?;
-        let x_ni = Elements::of(OP, "x", &x)?;
-        let (dx, dw, db) = affine_backward(OP, &dy, &x_ni, n, &w, biased)?;
-        let mut grads = vec![Tensor::from_vec(dx, x.dims(), x.device())?, Tensor::from_vec(dw, w.dims(), w.device())?];
-        if let Some(db) = db {
-            grads.push(Tensor::from_vec(db, n_out, w.device())?);
+        let dy_no = Elements::<T>::of(OP, "dy", &dy)?;
+        let dx = input_gradient(OP, &dy_no, n, &w)?;
+        let dw = if learns {
+            let dw = weight_gradient(&dy_no, &Elements::of(OP, "x", &x)?, n, &w)?;
+            Tensor::from_vec(dw, w.dims(), w.device())?
+        } else {
+            w.clone()
+        };
+        let mut grads = vec![Tensor::from_vec(dx, x.dims(), x.device())?, dw];
+        if biased {
+            grads.push(Tensor::from_vec(rows::column_sums(&dy_no, n_out), n_out, w.device())?);
+        }
+        if adds {
+            grads.push(dy.clone());
         }
         Ok(grads)
     })
@@ -76,9 +98,18 @@ pub(super) fn affine_backward<T: Real>(
     w: &Tensor,
     biased: bool,
 ) -> Result<(Vec<T>, Vec<T>, Option<Vec<T>>)> {
+    let dx = input_gradient(op, dy, n, w)?;
+    Ok((dx, weight_gradient(dy, x, n, w)?, biased.then(|| rows::column_sums(dy, w.dims()[0]))))
+}
+
+/// `dx = dy w`.
+fn input_gradient<T: Real>(op: &'static str, dy: &[T], n: usize, w: &Tensor) -> Result<Vec<T>> {
     let (n_out, n_in) = w.dims2()?;
-    let dy_no = Matrix::new(dy, n, n_out);
-    let dx = product(dy_no, Matrix::new(&Elements::of(op, "w", w)?, n_out, n_in));
-    let dw = product(dy_no.t(), Matrix::new(x, n, n_in));
-    Ok((dx, dw, biased.then(|| rows::column_sums(dy, n_out))))
+    Ok(product(Matrix::new(dy, n, n_out), Matrix::new(&Elements::of(op, "w", w)?, n_out, n_in)))
+}
+
+/// `dw = dy^T x`.
+fn weight_gradient<T: Real>(dy: &[T], x: &[T], n: usize, w: &Tensor) -> Result<Vec<T>> {
+    let (n_out, n_in) = w.dims2()?;
+    Ok(product(Matrix::new(dy, n, n_out).t(), Matrix::new(x, n, n_in)))
 }

@@ -57,6 +57,61 @@ pub fn mlp(x: &Tensor, mlp: &Mlp, residual: &Tensor, dropout: Option<Dropout>) -
     by_dtype!("mlp", "x", x, typed(x, mlp, residual, dropout))
 }
 
+/// `SiLU(gate) up`, element by element, for gate and up of a shape.
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    on_gpu!(gate, super::cuda::swiglu(gate, up));
+    by_dtype!("swiglu", "gate", gate, swiglu_of_two(gate, up))
+}
+
+fn swiglu_of_two<T: Real>(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    const OP: &str = "swiglu";
+    let (n, width) = rows_and_width(OP, "gate", gate)?;
+    check_shape(OP, "up", up, gate.dims())?;
+    let (gate, up) = (gate.contiguous()?, up.contiguous()?);
+    let tape = Tape::new(OP, &[&gate, &up])?;
+    let y = {
+        let (gate, up) = (Elements::<T>::of(OP, "gate", &gate)?, Elements::<T>::of(OP, "up", &up)?);
+        let (gate, up): (&[T], &[T]) = (&gate, &up);
+        // SAFETY: `swiglu_elements` writes every element, gate and up being as long as the result.
+        unsafe { rows::fresh(n, width, |first, y| swiglu_elements(&gate[first * width..], &up[first * width..], y)) }
+    };
+    let shape = gate.shape().clone();
+    tape.finish_one(Output::new(y, shape), move |dy| {
+        let (d_gate, d_up) = {
+            let (gate, up) = (Elements::<T>::of(OP, "gate", &gate)?, Elements::<T>::of(OP, "up", &up)?);
+            let (gate, up): (&[T], &[T]) = (&gate, &up);
+            let mut d_up = Elements::<T>::of(OP, "dy", &dy)?.to_vec();
+            let rows = |first: usize, d_gate: &mut [MaybeUninit<T>], d_up: &mut [T]| {
+                swiglu_gradient_elements(&gate[first * width..], &up[first * width..], d_gate, d_up);
+            };
+            // SAFETY: `swiglu_gradient_elements` writes every element of d_gate, all being of one length.
+            let d_gate = unsafe { rows::fresh_beside(&mut d_up, width, rows) };
+            (d_gate, d_up)
+        };
+        let tensor = |x: Vec<T>| Tensor::from_vec(x, gate.dims(), gate.device());
+        Ok(vec![tensor(d_gate)?, tensor(d_up)?])
+    })
+}
+
+vectorised! {
+    fn swiglu_elements<T: Real>(gate: &[T], up: &[T], out: &mut [MaybeUninit<T>]) {
+        for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+            out.write(gate * gate.sigmoid() * up);
+        }
+    }
+}
+
+vectorised! {
+    /// As [`swiglu_gradient_rows`]; the gradient of up takes the place of `dy`.
+    fn swiglu_gradient_elements<T: Real>(gate: &[T], up: &[T], d_gate: &mut [MaybeUninit<T>], dy: &mut [T]) {
+        for (((d_gate, dy), &gate), &up) in d_gate.iter_mut().zip(dy).zip(gate).zip(up) {
+            let s = gate.sigmoid();
+            d_gate.write(*dy * up * s * (T::one() + gate * (T::one() - s)));
+            *dy = *dy * gate * s;
+        }
+    }
+}
+
 impl Mlp {
     /// Checks the shapes for `x` of this width; returns the rows of up and the columns of down.
     pub(super) fn check(&self, width: usize) -> Result<(usize, usize)> {

@@ -18,6 +18,7 @@ mod math;
 mod mlp;
 mod norm;
 mod product;
+mod quantized;
 mod record;
 mod rows;
 mod vectorised;
@@ -25,14 +26,15 @@ mod vectorised;
 pub use cross_entropy::{IGNORE, TokenScore, cross_entropy, token_scores};
 pub use dropout::{Dropout, dropout};
 pub use embedding::embedding;
-pub use heads::{merge_heads, project_heads};
-pub use linear::linear;
-pub use mlp::{Activation, Mlp, mlp};
+pub use heads::{join_heads, merge_heads, project_heads, split_heads};
+pub use linear::{linear, linear_onto};
+pub use mlp::{Activation, Mlp, mlp, swiglu};
 pub use norm::{NormKind, norm};
 pub use record::{Gradients, Recording, Rounded};
 
 pub(crate) use dropout::mix64;
 pub(crate) use elements::ids;
+pub(crate) use quantized::quantized_linear;
 pub(crate) use record::{attend, bridge, recomputed};
 
 /// Calls a function that is generic over the element type with the type of a tensor.

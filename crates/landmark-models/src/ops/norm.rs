@@ -12,15 +12,27 @@ use super::{by_dtype, on_gpu, rows};
 use crate::{Error, Result};
 
 const OP: &str = "norm";
-pub(super) const EPS: f64 = 1e-5;
 
 /// What is normalised.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum NormKind {
     /// `(x - mean) / sqrt(variance + 1e-5)`.
     Layer,
-    /// `x / sqrt(mean of squares + 1e-5)`.
-    Rms,
+    /// `x / sqrt(mean of squares + eps)`.
+    Rms {
+        /// Keeps a row of zeros finite.
+        eps: f64,
+    },
+}
+
+impl NormKind {
+    /// What is added to the variance.
+    pub(super) fn eps(self) -> f64 {
+        match self {
+            Self::Layer => 1e-5,
+            Self::Rms { eps } => eps,
+        }
+    }
 }
 
 /// `w xhat + b` over the last dimension of `x` `[.., C]`, with `w` and `b` `[C]` and `xhat` as `kind` says. The result is of type `dtype`,
@@ -72,10 +84,10 @@ fn moments<T: Real>(x: &[T], kind: NormKind) -> (T, T) {
     let per = T::one() / T::from_f64(x.len() as f64);
     let mean = match kind {
         NormKind::Layer => sum_of(x.len(), |i| x[i]) * per,
-        NormKind::Rms => T::zero(),
+        NormKind::Rms { .. } => T::zero(),
     };
     let variance = sum_of(x.len(), |i| (x[i] - mean) * (x[i] - mean)) * per;
-    (mean, T::one() / (variance + T::from_f64(EPS)).sqrt())
+    (mean, T::one() / (variance + T::from_f64(kind.eps())).sqrt())
 }
 
 fn input_gradient<T: Real>(dy: &[T], x: &[T], kind: NormKind, w: &[T], n: usize) -> Vec<T> {
@@ -114,7 +126,7 @@ vectorised! {
             let (mean, scale) = moments(x, kind);
             let mean_g = match kind {
                 NormKind::Layer => sum_of(width, |i| dy[i] * w[i]) * per,
-                NormKind::Rms => T::zero(),
+                NormKind::Rms { .. } => T::zero(),
             };
             let mean_gx = sum_of(width, |i| dy[i] * w[i] * (x[i] - mean)) * scale * per;
             for (((out, &x), &dy), &w) in out.iter_mut().zip(x).zip(dy).zip(w) {

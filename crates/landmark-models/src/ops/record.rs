@@ -375,6 +375,14 @@ impl Tape {
         }
     }
 
+    /// Whether the gradient of an input can be asked for. For one of which it can't, `backward` gives any tensor.
+    pub fn wants(&self, input: &Tensor) -> bool {
+        match &self.way {
+            Way::Recorded(_) => wanted(input).is_some(),
+            Way::Candle { .. } => input.track_op(),
+        }
+    }
+
     /// Ends the recording with the `outputs`. `backward` takes the gradient of each output, `None` for one that the loss does
     /// not depend on, and gives the gradient of each input.
     pub fn finish<const N: usize>(

@@ -4,16 +4,16 @@
 /// for the baseline. A macro, because a body that is merely *called* from code with vector instructions uses none unless it is
 /// inlined there, which nothing guarantees of a closure.
 macro_rules! vectorised {
-    ($(#[$doc:meta])* $vis:vis fn $name:ident<T: Real>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident<$t:ident: $kind:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$doc])*
-        $vis fn $name<T: Real>($($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name<$t: $kind>($($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma")]
-                fn avx512<T: Real>($($arg: $ty),*) $(-> $ret)? $body
+                fn avx512<$t: $kind>($($arg: $ty),*) $(-> $ret)? $body
 
                 #[target_feature(enable = "avx2,fma")]
-                fn avx2<T: Real>($($arg: $ty),*) $(-> $ret)? $body
+                fn avx2<$t: $kind>($($arg: $ty),*) $(-> $ret)? $body
 
                 let has_avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
                 let has_avx512 = is_x86_feature_detected!("avx512f")
@@ -23,11 +23,11 @@ macro_rules! vectorised {
                     && is_x86_feature_detected!("avx512vl");
                 if has_avx2 && has_avx512 {
                     // SAFETY: the machine has every feature that the function enables.
-                    return unsafe { avx512::<T>($($arg),*) };
+                    return unsafe { avx512::<$t>($($arg),*) };
                 }
                 if has_avx2 {
                     // SAFETY: the machine has every feature that the function enables.
-                    return unsafe { avx2::<T>($($arg),*) };
+                    return unsafe { avx2::<$t>($($arg),*) };
                 }
             }
             $body

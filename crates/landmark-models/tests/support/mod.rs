@@ -8,12 +8,17 @@ use candle_core::{DType, Device, Tensor};
 /// The tensors of one golden file.
 pub struct Golden(HashMap<String, Tensor>);
 
+/// A file among the golden ones.
+pub fn golden_file(name: &str) -> PathBuf {
+    std::env::var_os("LANDMARK_GOLDEN_DIR")
+        .map(PathBuf::from)
+        .unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden"))
+        .join(name)
+}
+
 impl Golden {
     pub fn read(name: &str) -> Self {
-        let dir = std::env::var_os("LANDMARK_GOLDEN_DIR")
-            .map(PathBuf::from)
-            .unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden"));
-        let path = dir.join(format!("{name}.safetensors"));
+        let path = golden_file(&format!("{name}.safetensors"));
         let tensors = candle_core::safetensors::load(&path, &Device::Cpu);
         Self(tensors.unwrap_or_else(|error| panic!("{}: {error}", path.display())))
     }

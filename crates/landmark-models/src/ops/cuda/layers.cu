@@ -51,31 +51,33 @@ template <typename T, int A> __global__ void gelu_backward(const T *x, const T *
     store<A>(dx + i * A, g);
 }
 
-// x [N, 2 width]: gate, then up.
-template <typename T, int A> __global__ void swiglu_forward(const T *x, T *y, int64_t packs, int width) {
+// Gate and up are two matrices whose rows begin `stride` apart: their own, or the halves of one.
+template <typename T, int A>
+__global__ void swiglu_forward(const T *gates, const T *ups, T *y, int64_t packs, int width, int64_t stride) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= packs) return;
-    const int64_t row = i * A / width, c = i * A % width;
+    const int64_t row = i * A / width, at = row * stride + i * A % width;
     float gate[A], up[A];
-    load<A>(gate, x + row * 2 * width + c), load<A>(up, x + row * 2 * width + width + c);
+    load<A>(gate, gates + at), load<A>(up, ups + at);
 #pragma unroll
     for (int j = 0; j < A; j++) up[j] *= gate[j] * sigmoid(gate[j]);
     store<A>(y + i * A, up);
 }
 
-template <typename T, int A> __global__ void swiglu_backward(const T *x, const T *dy, T *dx, int64_t packs, int width) {
+template <typename T, int A>
+__global__ void swiglu_backward(const T *gates, const T *ups, const T *dy, T *d_gates, T *d_ups, int64_t packs, int width, int64_t stride) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= packs) return;
-    const int64_t row = i * A / width, c = i * A % width, at = row * 2 * width + c;
+    const int64_t row = i * A / width, at = row * stride + i * A % width;
     float gate[A], up[A], g[A], d_gate[A];
-    load<A>(gate, x + at), load<A>(up, x + at + width), load<A>(g, dy + i * A);
+    load<A>(gate, gates + at), load<A>(up, ups + at), load<A>(g, dy + i * A);
 #pragma unroll
     for (int j = 0; j < A; j++) {
         const float s = sigmoid(gate[j]);
         d_gate[j] = g[j] * up[j] * s * (1.f + gate[j] * (1.f - s));
         up[j] = g[j] * gate[j] * s;
     }
-    store<A>(dx + at, d_gate), store<A>(dx + at + width, up);
+    store<A>(d_gates + at, d_gate), store<A>(d_ups + at, up);
 }
 
 // ---- embedding --------------------------------------------------------------------------------------------------------------
@@ -115,13 +117,21 @@ template <typename W> void launch_merge(void *whole, void *const parts[3], int n
 }
 
 template <typename T, int A>
+void launch_swiglu(const T *gate, const T *up, const T *dy, T *out, T *d_up, int64_t rows, int width, int64_t stride, cudaStream_t stream) {
+    const int64_t packs = rows * width / A;
+    const int blocks = blocks_for(packs, THREADS);
+    if (dy)
+        swiglu_backward<T, A><<<blocks, THREADS, 0, stream>>>(gate, up, dy, out, d_up, packs, width, stride);
+    else
+        swiglu_forward<T, A><<<blocks, THREADS, 0, stream>>>(gate, up, out, packs, width, stride);
+}
+
+template <typename T, int A>
 void launch_activation(bool gated, const void *x, const void *dy, void *out, int64_t rows, int width, cudaStream_t stream) {
     const int64_t packs = rows * width / A;
     const int blocks = blocks_for(packs, THREADS);
-    if (gated && dy)
-        swiglu_backward<T, A><<<blocks, THREADS, 0, stream>>>((const T *)x, (const T *)dy, (T *)out, packs, width);
-    else if (gated)
-        swiglu_forward<T, A><<<blocks, THREADS, 0, stream>>>((const T *)x, (T *)out, packs, width);
+    if (gated)
+        launch_swiglu<T, A>((const T *)x, (const T *)x + width, (const T *)dy, (T *)out, (T *)out + width, rows, width, 2 * (int64_t)width, stream);
     else if (dy)
         gelu_backward<T, A><<<blocks, THREADS, 0, stream>>>((const T *)x, (const T *)dy, (T *)out, packs);
     else
@@ -153,6 +163,23 @@ int landmark_activation(int gated, const void *x, const void *dy, void *out, int
         launch_activation<__nv_bfloat16, 8>(gated, x, dy, out, rows, width, stream);
     else
         launch_activation<__nv_bfloat16, 4>(gated, x, dy, out, rows, width, stream);
+    return cudaGetLastError();
+}
+
+// Of a gate and an up that are two tensors [rows, width]. Forward if dy is null: out is the result. Backward: out is the gradient of the gate.
+int landmark_swiglu(const void *gate, const void *up, const void *dy, void *out, void *d_up, int type, int64_t rows, int width,
+                    cudaStream_t stream) {
+    auto launch = [&](auto one, auto pack) {
+        using T = decltype(one);
+        launch_swiglu<T, decltype(pack)::value>((const T *)gate, (const T *)up, (const T *)dy, (T *)out, (T *)d_up, rows, width, width, stream);
+    };
+    using std::integral_constant;
+    if (type == F32)
+        launch(0.f, integral_constant<int, 4>());
+    else if (width % 8 == 0)
+        launch(__nv_bfloat16(), integral_constant<int, 8>());
+    else
+        launch(__nv_bfloat16(), integral_constant<int, 4>());
     return cudaGetLastError();
 }
 

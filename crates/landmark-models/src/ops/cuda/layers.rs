@@ -32,9 +32,9 @@ fn without_dropout(op: &'static str, dropout: Option<Dropout>) -> Result<()> {
     }
 }
 
-/// See [`crate::ops::linear`].
-pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
-    biased("linear", affine("linear", x, w, b, None)?, b)
+/// See [`crate::ops::linear`] and [`crate::ops::linear_onto`].
+pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>, residual: Option<&Tensor>) -> Result<Tensor> {
+    biased("linear", affine("linear", x, w, b, residual)?, b)
 }
 
 fn biased(op: &'static str, y: Tensor, b: Option<&Tensor>) -> Result<Tensor> {
@@ -66,7 +66,7 @@ fn affine(op: &'static str, x: &Tensor, w: &Tensor, b: Option<&Tensor>, residual
     let (x_ni, w_oi) = (matrix(op, "x", &x, n, n_in)?, matrix(op, "w", &weight, n_out, n_in)?);
     // SAFETY: all are live contiguous allocations of the sizes that were checked.
     unsafe { product(&device, x_ni, w_oi.t(), out, added)? };
-    let adds = residual.is_some();
+    let (adds, learns) = (residual.is_some(), tape.wants(w));
     tape.finish_rounded(y.output(), move |Gradient { whole: dy, rounded }| {
         let dy_x = match rounded {
             Some(rounded) if rounded.dtype() == x.dtype() => rounded,
@@ -75,13 +75,17 @@ fn affine(op: &'static str, x: &Tensor, w: &Tensor, b: Option<&Tensor>, residual
         let dy_no = matrix(op, "dy", &dy_x, n, n_out)?;
         let (x_ni, w_oi) = (matrix(op, "x", &x, n, n_in)?, matrix(op, "w", &weight, n_out, n_in)?);
         let dx = Fresh::new(&device, x.shape(), x.dtype())?;
-        let dw = Fresh::new(&device, (n_out, n_in), DType::F32)?;
         // SAFETY: as above.
-        unsafe {
-            product(&device, dy_no, w_oi, Matrix::new(dx.address, x_ni.dtype, n, n_in), None)?;
-            product(&device, dy_no.t(), x_ni, Matrix::new(dw.address, ElementType::F32, n_out, n_in), None)?;
-        }
-        let mut grads = vec![dx.tensor().into(), dw.tensor().into()];
+        unsafe { product(&device, dy_no, w_oi, Matrix::new(dx.address, x_ni.dtype, n, n_in), None)? };
+        let dw = if learns {
+            let dw = Fresh::new(&device, (n_out, n_in), DType::F32)?;
+            // SAFETY: as above.
+            unsafe { product(&device, dy_no.t(), x_ni, Matrix::new(dw.address, ElementType::F32, n_out, n_in), None)? };
+            dw.tensor()
+        } else {
+            weight.clone()
+        };
+        let mut grads = vec![dx.tensor().into(), dw.into()];
         if adds {
             grads.push(dy.into());
         }
@@ -144,6 +148,58 @@ pub fn mlp(x: &Tensor, mlp: &Mlp, residual: &Tensor, dropout: Option<Dropout>) -
     })?;
     let b = mlp.down_bias.as_ref();
     biased(OP, affine(OP, &act, &mlp.down, b, Some(residual))?, b)
+}
+
+/// See [`crate::ops::split_heads`].
+pub fn split_heads(x: &Tensor, layout: Layout) -> Result<Tensor> {
+    const OP: &str = "split_heads";
+    let x = x.contiguous()?;
+    let cut = |x: &Tensor| Ok([layout.view(x, 0)?]);
+    let [heads] = parts(&x, cut, move |grads| {
+        let grad = grads[0].as_ref().expect("a node is reached through its only result").contiguous()?;
+        Ok(layout.merge_on_gpu(OP, &[Some(&grad)])?.tensor())
+    })?;
+    Ok(heads)
+}
+
+/// See [`crate::ops::join_heads`].
+pub fn join_heads(o: &Tensor, layout: Layout) -> Result<Tensor> {
+    const OP: &str = "join_heads";
+    let o = o.contiguous()?;
+    let tape = Tape::new(OP, &[&o])?;
+    let joined = layout.merge_on_gpu(OP, &[Some(&o)])?;
+    tape.finish_one(joined.output(), move |dy| Ok(vec![layout.view(&dy.contiguous()?, 0)?]))
+}
+
+/// See [`crate::ops::swiglu`].
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    const OP: &str = "swiglu";
+    let (rows, width) = rows_and_width(OP, "gate", gate)?;
+    check_shape(OP, "up", up, gate.dims())?;
+    if !width.is_multiple_of(PACK) || up.dtype() != gate.dtype() {
+        let expected = format!("columns in a multiple of {PACK} on a GPU, of the type of up");
+        return Err(Error::Shape { op: OP, tensor: "gate", got: gate.dims().to_vec(), expected });
+    }
+    let dtype = ElementType::of(OP, "gate", gate.dtype())?;
+    let device = gate.device().as_cuda_device()?.clone();
+    let (gate, up) = (gate.contiguous()?, up.contiguous()?);
+    let launch = move |device: &CudaDevice, gate: &Tensor, up: &Tensor, dy: Address, out: Address, d_up: Address| {
+        let (gate, up) = (address(OP, "gate", gate)?, address(OP, "up", up)?);
+        run(OP, device, |stream| {
+            // SAFETY: live contiguous allocations of these sizes and this type.
+            unsafe { landmark_swiglu(gate, up, dy, out, d_up, dtype, rows as i64, width as c_int, stream) }
+        })
+    };
+    let tape = Tape::new(OP, &[&gate, &up])?;
+    let y = Fresh::new(&device, gate.shape(), gate.dtype())?;
+    launch(&device, &gate, &up, 0, y.address, 0)?;
+    tape.finish_one(y.output(), move |dy| {
+        let dy = dy.contiguous()?;
+        let [d_gate, d_up] = [(); 2].map(|()| Fresh::new(&device, gate.shape(), gate.dtype()));
+        let (d_gate, d_up) = (d_gate?, d_up?);
+        launch(&device, &gate, &up, address(OP, "dy", &dy)?, d_gate.address, d_up.address)?;
+        Ok(vec![d_gate.tensor(), d_up.tensor()])
+    })
 }
 
 #[derive(Clone, Copy)]
@@ -325,6 +381,17 @@ unsafe extern "C" {
         x: Address,
         dy: Address,
         out: Address,
+        dtype: ElementType,
+        rows: i64,
+        width: c_int,
+        stream: *mut CudaStream_,
+    ) -> c_int;
+    fn landmark_swiglu(
+        gate: Address,
+        up: Address,
+        dy: Address,
+        out: Address,
+        d_up: Address,
         dtype: ElementType,
         rows: i64,
         width: c_int,

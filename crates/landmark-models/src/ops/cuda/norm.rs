@@ -7,7 +7,6 @@ use candle_core::{DType, Tensor};
 use super::{Address, CudaStream_, ElementType, Fresh, address, run, start};
 use crate::ops::NormKind;
 use crate::ops::elements::{check_shape, rows_and_width};
-use crate::ops::norm::EPS;
 use crate::ops::record::{Gradient, Tape};
 use crate::{Error, Result};
 
@@ -38,7 +37,7 @@ pub fn norm(x: &Tensor, kind: NormKind, w: &Tensor, b: Option<&Tensor>, dtype: D
     let (n, c) = (rows as c_int, width as c_int);
     let Layout { strides, heads, time } = layout;
     run(OP, &device, |stream| {
-        let (y, stats, strides, eps) = (y.address, stats.address, strides.as_ptr(), EPS as f32);
+        let (y, stats, strides, eps) = (y.address, stats.address, strides.as_ptr(), kind.eps() as f32);
         // SAFETY: live allocations of these sizes, layouts and types.
         unsafe {
             landmark_norm_forward(

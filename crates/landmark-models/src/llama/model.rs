@@ -1,0 +1,355 @@
+//! The model: token ids to hidden states, hidden states to logits or a loss.
+
+use std::collections::{BTreeMap, HashMap};
+
+use candle_core::{DType, Device, Tensor, Var};
+use landmark_attention::Attend;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
+use rand_distr::{Distribution, Normal};
+
+use super::config::{LandmarkConfig, LlamaConfig};
+use super::matrix::Matrix;
+use super::parameters::{self, EMBEDDING, HEAD, NORM};
+use crate::gpt::WindowAttention;
+use crate::ops::{self, NormKind, TokenScore};
+use crate::{Error, Result};
+
+/// A LLaMA and its weights.
+///
+/// Legend: B batch, T time, C hidden_size, H heads, D head_dim, V vocabulary.
+#[derive(Debug)]
+pub struct Llama {
+    config: LlamaConfig,
+    weights: Weights,
+    embedding: Matrix,
+    layers: Vec<Layer>,
+    norm: Norm,
+    head: Matrix,
+    activations: DType,
+}
+
+/// All weights, under Hugging Face's names.
+#[derive(Debug, Clone, Default)]
+struct Weights {
+    /// Those that learn.
+    parameters: BTreeMap<String, Var>,
+    /// Those that do not.
+    frozen: BTreeMap<String, Matrix>,
+}
+
+#[derive(Debug)]
+struct Layer {
+    input_norm: Norm,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    qk_norm: Option<[Norm; 2]>,
+    o: Linear,
+    post_attention_norm: Norm,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+#[derive(Debug)]
+struct Norm {
+    w: Tensor,
+    eps: f64,
+}
+
+impl Norm {
+    fn apply(&self, x: &Tensor, dtype: DType) -> Result<Tensor> {
+        ops::norm(x, NormKind::Rms { eps: self.eps }, &self.w, None, dtype)
+    }
+}
+
+#[derive(Debug)]
+struct Linear {
+    w: Matrix,
+    b: Option<Tensor>,
+}
+
+impl Linear {
+    fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        self.w.linear(x, self.b.as_ref(), None)
+    }
+
+    fn onto(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        self.w.linear(x, self.b.as_ref(), Some(residual))
+    }
+}
+
+impl Llama {
+    /// A new model: matrices N(0, 0.02), norms 1, biases 0; a function of the configuration and the seed. `dtype` is f32, or f64 on the CPU.
+    pub fn init(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device) -> Result<Self> {
+        config.validate()?;
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let normal = Normal::new(0., 0.02).expect("a finite deviation");
+        let mut tensors = HashMap::new();
+        for (name, shape) in parameters::specification(config) {
+            let tensor = match shape.as_slice() {
+                [_, _] => {
+                    let values: Vec<f64> = (0..shape.iter().product()).map(|_| normal.sample(&mut rng)).collect();
+                    Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?
+                }
+                _ if name.ends_with(".bias") => Tensor::zeros(shape, dtype, device)?,
+                _ => Tensor::ones(shape, dtype, device)?,
+            };
+            tensors.insert(name, tensor);
+        }
+        Self::from_tensors(config, tensors)
+    }
+
+    /// A model that learns, with these weights: exactly the parameters of the configuration, all f32 or all f64. The weights are copied.
+    pub fn from_tensors(config: &LlamaConfig, tensors: HashMap<String, Tensor>) -> Result<Self> {
+        let mut parameters = BTreeMap::new();
+        let (mut dtype, mut device) = (None, None::<Device>);
+        for (name, tensor) in checked(config, tensors, |tensor| tensor.dims())? {
+            let dtype = *dtype.get_or_insert(tensor.dtype());
+            if tensor.dtype() != dtype || !matches!(dtype, DType::F32 | DType::F64) {
+                let (got, expected) = (format!("{:?}", tensor.dtype()), "f32 or f64, the same for all".to_string());
+                return Err(Error::WrongTensor { name, got, expected });
+            }
+            let device = device.get_or_insert_with(|| tensor.device().clone());
+            if !tensor.device().same_device(device) {
+                let got = format!("on {:?}", tensor.device().location());
+                let expected = format!("on {:?}, as the others", device.location());
+                return Err(Error::WrongTensor { name, got, expected });
+            }
+            // A copy: the parameter must not share its storage with a tensor that the caller keeps.
+            parameters.insert(name, Var::from_tensor(&tensor.force_contiguous()?.detach())?);
+        }
+        Self::assemble(config.clone(), Weights { parameters, frozen: BTreeMap::new() }, true)
+    }
+
+    /// A model that does not learn, with these weights: exactly the parameters of the configuration; its matrices may be quantized, or of bf16
+    /// on a GPU, and all else is f32.
+    pub fn frozen(config: &LlamaConfig, weights: HashMap<String, Matrix>) -> Result<Self> {
+        let weights = checked(config, weights, |matrix| matrix.dims())?;
+        for (name, matrix) in &weights {
+            let Matrix::Dense(tensor) = matrix else { continue };
+            let is_half = tensor.dtype() == DType::BF16 && tensor.rank() == 2 && tensor.device().is_cuda();
+            if !is_half && tensor.dtype() != DType::F32 {
+                let (got, expected) =
+                    (format!("{:?}", tensor.dtype()), "f32, or a matrix of bf16 on a GPU".to_string());
+                return Err(Error::WrongTensor { name: name.clone(), got, expected });
+            }
+        }
+        Self::assemble(
+            config.clone(),
+            Weights { parameters: BTreeMap::new(), frozen: weights.into_iter().collect() },
+            false,
+        )
+    }
+
+    /// The same model, with the same weights in memory, that leaves no graph for a gradient: for evaluation. It sees every later
+    /// change of the parameters.
+    pub fn detached(&self) -> Self {
+        let model = Self::assemble(self.config.clone(), self.weights.clone(), false);
+        Self { activations: self.activations, ..model.expect("the weights were checked") }
+    }
+
+    fn assemble(config: LlamaConfig, weights: Weights, tracked: bool) -> Result<Self> {
+        config.validate()?;
+        let find = |name: &str| match weights.parameters.get(name) {
+            Some(var) => Some(Matrix::Dense(if tracked { var.as_tensor().clone() } else { var.as_detached_tensor() })),
+            None => weights.frozen.get(name).cloned(),
+        };
+        let matrix = |name: &str| find(name).expect("the weights were checked");
+        let vector = |name: &str| find(name).as_ref().map(Matrix::dense).transpose();
+        let norm = |name: &str| {
+            Ok::<_, Error>(Norm { w: vector(name)?.expect("the weights were checked"), eps: config.rms_norm_eps })
+        };
+        let linear = |name: String| {
+            Ok::<_, Error>(Linear { w: matrix(&format!("{name}.weight")), b: vector(&format!("{name}.bias"))? })
+        };
+        let layer = |layer: usize| {
+            let layer = format!("model.layers.{layer}");
+            let norm = |name: &str| norm(&format!("{layer}.{name}.weight"));
+            let linear = |name: &str| linear(format!("{layer}.{name}"));
+            let qk_norm = match config.qk_norm() {
+                true => Some([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]),
+                false => None,
+            };
+            Ok(Layer {
+                input_norm: norm("input_layernorm")?,
+                q: linear("self_attn.q_proj")?,
+                k: linear("self_attn.k_proj")?,
+                v: linear("self_attn.v_proj")?,
+                qk_norm,
+                o: linear("self_attn.o_proj")?,
+                post_attention_norm: norm("post_attention_layernorm")?,
+                gate: linear("mlp.gate_proj")?,
+                up: linear("mlp.up_proj")?,
+                down: linear("mlp.down_proj")?,
+            })
+        };
+        let layers = (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?;
+        let (embedding, norm) = (matrix(EMBEDDING), norm(NORM)?);
+        let head = if config.tie_word_embeddings { embedding.clone() } else { matrix(HEAD) };
+        let activations = norm.w.dtype();
+        Ok(Self { config, weights, embedding, layers, norm, head, activations })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    /// The parameters that learn, by Hugging Face's names; a tied head is the embedding.
+    pub fn parameters(&self) -> &BTreeMap<String, Var> {
+        &self.weights.parameters
+    }
+
+    /// All weights, by Hugging Face's names.
+    pub fn weights(&self) -> impl Iterator<Item = (&str, Matrix)> {
+        let learn =
+            self.weights.parameters.iter().map(|(name, w)| (name.as_str(), Matrix::Dense(w.as_detached_tensor())));
+        learn.chain(self.weights.frozen.iter().map(|(name, w)| (name.as_str(), w.clone())))
+    }
+
+    /// The same model, none of whose weights learns from now on.
+    pub fn freeze(self) -> Result<Self> {
+        let weights = self.weights().map(|(name, w)| (name.to_string(), w)).collect();
+        let model = Self::assemble(self.config, Weights { parameters: BTreeMap::new(), frozen: weights }, false)?;
+        Ok(Self { activations: self.activations, ..model })
+    }
+
+    /// The same model whose activations are of this type: that of the parameters, or on a GPU bf16. The residual stream keeps the
+    /// parameters' type.
+    pub fn with_activations(mut self, dtype: DType) -> Result<Self> {
+        let bf16_on_gpu = dtype == DType::BF16 && self.device().is_cuda() && self.dtype() == DType::F32;
+        if dtype != self.dtype() && !bf16_on_gpu {
+            let expected = format!("{:?}, or bf16 on a GPU", self.dtype());
+            return Err(Error::DType { op: "Llama::with_activations", tensor: "dtype", got: dtype, expected });
+        }
+        self.activations = dtype;
+        Ok(self)
+    }
+
+    /// The element type of the activations, and so of the keys and values that attention is given.
+    pub fn activations(&self) -> DType {
+        self.activations
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        self.norm.w.device()
+    }
+
+    /// The element type of the residual stream.
+    pub fn dtype(&self) -> DType {
+        self.norm.w.dtype()
+    }
+
+    /// The model with landmarks. The landmark's token, `landmarks.mem_id`, comes after the `known` tokens of the tokenizer; its rows of embedding
+    /// and head are the mean of theirs. If the tables have no row for it, which padding may be, they grow.
+    ///
+    /// # Errors
+    /// An id that is one of the tokenizer's own, or one far beyond them.
+    pub fn with_landmarks(self, landmarks: LandmarkConfig, known: usize) -> Result<Self> {
+        let Self { mut config, weights: Weights { mut parameters, mut frozen }, activations, .. } = self;
+        let (id, rows) = (landmarks.mem_id as usize, config.vocab_size);
+        if known == 0 || known > rows {
+            let expected = format!("1 to {rows}, as the embedding has rows");
+            return Err(Error::Value { op: "with_landmarks", name: "known", got: known.to_string(), expected });
+        }
+        if !(known..rows + 256).contains(&id) {
+            let expected = format!("an id after the {known} of the tokenizer");
+            return Err(Error::Config { field: "mem_id", got: id.to_string(), expected });
+        }
+        let tables = if config.tie_word_embeddings { &[EMBEDDING][..] } else { &[EMBEDDING, HEAD] };
+        for &table in tables {
+            let with_mean = |mut w: Matrix| {
+                let mean = w.dense()?.narrow(0, 0, known)?;
+                let mean = if mean.dtype() == DType::BF16 { mean.to_dtype(DType::F32)? } else { mean }.mean(0)?;
+                for row in rows.min(id)..=id {
+                    w = w.with_row(row, &mean)?;
+                }
+                Ok::<_, Error>(w)
+            };
+            if let Some(var) = parameters.get_mut(table) {
+                *var = Var::from_tensor(&with_mean(Matrix::Dense(var.as_detached_tensor()))?.dense()?)?;
+            } else if let Some(w) = frozen.get_mut(table) {
+                *w = with_mean(w.clone())?;
+            }
+        }
+        config.vocab_size = rows.max(id + 1);
+        config.landmarks = Some(landmarks);
+        let tracked = !parameters.is_empty();
+        Ok(Self { activations, ..Self::assemble(config, Weights { parameters, frozen }, tracked)? })
+    }
+
+    /// Attention for windows `ids` `[B, T]` (u32): dense, or through the landmarks among them if the model has landmarks.
+    pub fn window_attention(&self, ids: &Tensor) -> Result<WindowAttention> {
+        let longest = self.config.sliding_window.unwrap_or(usize::MAX);
+        let landmark = self.config.landmarks.map(|landmarks| landmarks.mem_id);
+        WindowAttention::with_rope(|time| self.config.rope(time), landmark, longest, ids)
+    }
+
+    /// The hidden states `[B, T, C]`, after the last normalisation, of `ids` `[B, T]` (u32, best on the CPU, where they are checked).
+    pub fn hidden(&self, ids: &Tensor, attention: &mut dyn Attend) -> Result<Tensor> {
+        if ids.rank() != 2 {
+            let expected = "[batch, time]".to_string();
+            return Err(Error::Shape { op: "Llama::hidden", tensor: "ids", got: ids.dims().to_vec(), expected });
+        }
+        let (heads, kv_heads) = (self.config.num_attention_heads, self.config.num_key_value_heads);
+        let mut x = self.embedding.embedding(ids)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let normal = layer.input_norm.apply(&x, self.activations)?;
+            let mut q = ops::split_heads(&layer.q.apply(&normal)?, heads)?;
+            let mut k = ops::split_heads(&layer.k.apply(&normal)?, kv_heads)?;
+            let v = ops::split_heads(&layer.v.apply(&normal)?, kv_heads)?;
+            if let Some([q_norm, k_norm]) = &layer.qk_norm {
+                (q, k) = (q_norm.apply(&q, self.activations)?, k_norm.apply(&k, self.activations)?);
+            }
+            let o = ops::attend(attention, index, [&q, &k, &v], self.activations)?;
+            x = layer.o.onto(&ops::join_heads(&o)?, &x)?;
+            let normal = layer.post_attention_norm.apply(&x, self.activations)?;
+            let inner = ops::swiglu(&layer.gate.apply(&normal)?, &layer.up.apply(&normal)?)?;
+            x = layer.down.onto(&inner, &x)?;
+        }
+        self.norm.apply(&x, self.activations)
+    }
+
+    /// The logits `[.., V]` of hidden states `[.., C]`.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.head.linear(hidden, None, None)
+    }
+
+    /// The mean cross entropy of `targets` `[..]` (u32, [`IGNORE`](crate::IGNORE) where there is none) under hidden states `[.., C]`, by
+    /// `weights` `[..]` (f32) if there are any: a scalar, differentiable. The logits are never all in memory.
+    pub fn loss(&self, hidden: &Tensor, targets: &Tensor, weights: Option<&Tensor>) -> Result<Tensor> {
+        self.head.cross_entropy(hidden, targets, weights)
+    }
+
+    /// Loss and accuracy target by target, in row-major order, `None` where there is no target; arguments as for [`Llama::loss`].
+    pub fn token_scores(&self, hidden: &Tensor, targets: &Tensor) -> Result<Vec<Option<TokenScore>>> {
+        self.head.token_scores(hidden, targets)
+    }
+}
+
+/// Exactly the parameters of the configuration, by name.
+fn checked<W>(
+    config: &LlamaConfig,
+    mut weights: HashMap<String, W>,
+    dims: impl Fn(&W) -> &[usize],
+) -> Result<Vec<(String, W)>> {
+    config.validate()?;
+    let mut found = Vec::new();
+    for (name, shape) in parameters::specification(config) {
+        let Some(weight) = weights.remove(&name) else {
+            return Err(Error::MissingTensor { name });
+        };
+        if dims(&weight) != shape {
+            let got = format!("{:?}", dims(&weight));
+            return Err(Error::WrongTensor { name, got, expected: format!("{shape:?}") });
+        }
+        found.push((name, weight));
+    }
+    match weights.into_keys().filter(|name| !parameters::is_surplus(config, name)).min() {
+        Some(name) => Err(Error::UnknownTensor { name }),
+        None => Ok(found),
+    }
+}
