@@ -186,8 +186,7 @@ impl LlamaConfig {
         let mut map = self.other.clone();
         let mut set = |name: &str, value: Value| _ = map.insert(name.to_string(), value);
         set("architectures", json!([self.architecture.class()]));
-        let with_landmark = self.landmarks.is_some() && self.architecture == Architecture::Llama;
-        set("model_type", json!(if with_landmark { WITH_LANDMARK } else { self.architecture.name() }));
+        set("model_type", json!(self.model_type()));
         set("vocab_size", json!(self.vocab_size));
         set("hidden_size", json!(self.hidden_size));
         set("intermediate_size", json!(self.intermediate_size));
@@ -224,6 +223,14 @@ impl LlamaConfig {
             set("include_landmark_in_loss", json!(landmarks.include_landmark_in_loss));
         }
         serde_json::to_string_pretty(&Value::Object(map)).expect("a map of strings to JSON is JSON") + "\n"
+    }
+
+    /// `model_type` of a `config.json`.
+    pub fn model_type(&self) -> &'static str {
+        match self.architecture {
+            Architecture::Llama if self.landmarks.is_some() => WITH_LANDMARK,
+            other => other.name(),
+        }
     }
 
     /// Checks every field against its range and the others.
