@@ -365,6 +365,38 @@ mod tests {
         }
     }
 
+    /// The same of the LLaMA family, whose queries share keys, with stretched positions; farther texts are read on.
+    #[test]
+    fn a_llama_reads_through_the_cache() {
+        use landmark_models::llama::{Llama, LlamaConfig};
+        for scaling in [r#"{"rope_type": "linear", "factor": 2.0}"#, r#"{"rope_type": "yarn", "factor": 4.0}"#] {
+            let json = format!(
+                r#"{{"model_type": "llama_with_landmark", "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48,
+                "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "rope_scaling": {scaling},
+                "mem_id": 257, "mem_freq": 5, "train_context_length": 48}}"#
+            );
+            let config = LlamaConfig::from_json(&json).unwrap();
+            let model = Llama::init(&config, 1, DType::F32, &Device::Cpu).unwrap();
+            for var in model.parameters().values().filter(|var| var.rank() == 2) {
+                var.set(&(var.as_tensor() * 10.).unwrap()).unwrap();
+            }
+            let model = Model::Llama(model.freeze().unwrap());
+            let tokens = text(300, 3);
+            let follows: Vec<bool> = (1..=34).map(|i| i % 5 == 0).collect();
+            let (ids, places) = with_landmarks(&[&tokens[..34]], &follows, 257, &Device::Cpu).unwrap();
+            let mut attention = model.window_attention(&ids).unwrap();
+            let whole = model.hidden(&ids, &mut attention).unwrap().index_select(&places, 1).unwrap();
+            let flags = CacheFlags { cache_topk: Some(6), ..Default::default() };
+            for chunk in [1, 3, 6] {
+                let off = off(&read(&model, &flags, &tokens[..34], chunk), &whole);
+                assert!(off < 1e-4, "{scaling} in chunks of {chunk}: off by {off}");
+            }
+            let all = read(&model, &flags, &tokens, 5);
+            assert_eq!(all.dims(), [1, 300, 32]);
+            assert!(off(&all.narrow(1, 0, 34).unwrap(), &whole) < 1e-4);
+        }
+    }
+
     #[test]
     fn a_window_moves_on() {
         for (landmarks, from) in [(Placement::Regular, 160), (Placement::Sentence, 0)] {
