@@ -108,7 +108,7 @@ impl Corpus {
         let end_of_text = self.vocabulary(Some(settings.model.vocab_size))?.end_of_text;
         let rule = match (settings.model.landmarks, mem_freq, &self.tokenizer) {
             (Placement::Regular, ..) | (_, None, _) => None,
-            (_, Some(mem_freq), Some(tokenizer)) => border_rule(&settings.model, tokenizer, mem_freq)?,
+            (_, Some(mem_freq), Some(tokenizer)) => border_rule(settings.model.landmarks, tokenizer, mem_freq)?,
             (_, Some(_), None) => {
                 let message =
                     "borders are found in text, and the data have no tokenizer.json: name it with --tokenizer";
@@ -148,8 +148,8 @@ impl Corpus {
 
 /// The borders that the landmarks of a model with this configuration are put at, with at most `mem_freq` tokens in a block; `None` if they are
 /// at regular places.
-pub fn border_rule(model: &GptConfig, tokenizer: &Tokenizer, mem_freq: usize) -> Result<Option<BorderRule>> {
-    let border = match model.landmarks {
+pub fn border_rule(landmarks: Placement, tokenizer: &Tokenizer, mem_freq: usize) -> Result<Option<BorderRule>> {
+    let border = match landmarks {
         Placement::Regular => return Ok(None),
         Placement::Sentence => Border::Sentence,
         Placement::Paragraph => Border::Paragraph,

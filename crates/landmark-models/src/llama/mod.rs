@@ -13,6 +13,7 @@ mod rope;
 
 pub use config::{Architecture, LandmarkConfig, LlamaConfig};
 pub use gguf::Gguf;
+pub use load::weight_files;
 pub use matrix::Matrix;
 pub use model::Llama;
 pub use rope::RopeScaling;
