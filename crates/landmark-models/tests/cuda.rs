@@ -96,7 +96,7 @@ fn heads() {
         let (w, norm) = (values(2, &[3 * c, c]), values(5, &[dim]));
         compare("norms of heads", &[x.clone(), w, norm], |v, dtype| {
             let heads = ops::project_heads(&v[0].to_dtype(dtype)?, &v[1], None, heads)?;
-            heads.iter().map(|heads| ops::norm(heads, NormKind::Rms, &v[2], None, dtype)).collect()
+            heads.iter().map(|heads| ops::norm(heads, NormKind::Rms { eps: 1e-5 }, &v[2], None, dtype)).collect()
         });
         let (o, w) = (values(3, &[batch, heads, time, dim]), values(4, &[c, c]));
         compare("merge_heads", &[o, w, x], |v, dtype| {
