@@ -1,6 +1,7 @@
 //! The model: token ids to hidden states, hidden states to logits or a loss.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor, Var};
 use landmark_attention::Attend;
@@ -23,10 +24,11 @@ pub struct Llama {
     config: LlamaConfig,
     weights: Weights,
     embedding: Matrix,
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Layer>>,
     norm: Norm,
     head: Matrix,
     activations: DType,
+    recomputes: bool,
 }
 
 /// All weights, under Hugging Face's names.
@@ -77,6 +79,44 @@ impl Linear {
 
     fn onto(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
         self.w.linear(x, self.b.as_ref(), Some(residual))
+    }
+}
+
+impl Layer {
+    /// `x` `[B, T, C]` as this layer, the `index`-th, leaves it.
+    fn forward(
+        &self,
+        x: &Tensor,
+        index: usize,
+        attention: &mut dyn Attend,
+        [heads, kv_heads]: [usize; 2],
+        activations: DType,
+    ) -> Result<Tensor> {
+        let normal = self.input_norm.apply(x, activations)?;
+        let mut q = ops::split_heads(&self.q.apply(&normal)?, heads)?;
+        let mut k = ops::split_heads(&self.k.apply(&normal)?, kv_heads)?;
+        let v = ops::split_heads(&self.v.apply(&normal)?, kv_heads)?;
+        if let Some([q_norm, k_norm]) = &self.qk_norm {
+            (q, k) = (q_norm.apply(&q, activations)?, k_norm.apply(&k, activations)?);
+        }
+        let o = ops::attend(attention, index, [&q, &k, &v], activations)?;
+        let x = self.o.onto(&ops::join_heads(&o)?, x)?;
+        let normal = self.post_attention_norm.apply(&x, activations)?;
+        let inner = ops::swiglu(&self.gate.apply(&normal)?, &self.up.apply(&normal)?)?;
+        self.down.onto(&inner, &x)
+    }
+
+    fn parameters(&self) -> Vec<&Tensor> {
+        let Self { input_norm, q, k, v, qk_norm, o, post_attention_norm, gate, up, down } = self;
+        let norms = [input_norm, post_attention_norm].into_iter().chain(qk_norm.iter().flatten()).map(|norm| &norm.w);
+        let maps = [q, k, v, o, gate, up, down].into_iter().flat_map(|map| {
+            let w = match &map.w {
+                Matrix::Dense(w) => Some(w),
+                Matrix::Quantized(_) => None,
+            };
+            w.into_iter().chain(&map.b)
+        });
+        norms.chain(maps).collect()
     }
 }
 
@@ -147,7 +187,8 @@ impl Llama {
     /// change of the parameters.
     pub fn detached(&self) -> Self {
         let model = Self::assemble(self.config.clone(), self.weights.clone(), false);
-        Self { activations: self.activations, ..model.expect("the weights were checked") }
+        let Self { activations, recomputes, .. } = *self;
+        Self { activations, recomputes, ..model.expect("the weights were checked") }
     }
 
     fn assemble(config: LlamaConfig, weights: Weights, tracked: bool) -> Result<Self> {
@@ -172,7 +213,7 @@ impl Llama {
                 true => Some([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]),
                 false => None,
             };
-            Ok(Layer {
+            Ok(Arc::new(Layer {
                 input_norm: norm("input_layernorm")?,
                 q: linear("self_attn.q_proj")?,
                 k: linear("self_attn.k_proj")?,
@@ -183,13 +224,13 @@ impl Llama {
                 gate: linear("mlp.gate_proj")?,
                 up: linear("mlp.up_proj")?,
                 down: linear("mlp.down_proj")?,
-            })
+            }))
         };
         let layers = (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?;
         let (embedding, norm) = (matrix(EMBEDDING), norm(NORM)?);
         let head = if config.tie_word_embeddings { embedding.clone() } else { matrix(HEAD) };
         let activations = norm.w.dtype();
-        Ok(Self { config, weights, embedding, layers, norm, head, activations })
+        Ok(Self { config, weights, embedding, layers, norm, head, activations, recomputes: false })
     }
 
     /// The configuration.
@@ -213,7 +254,7 @@ impl Llama {
     pub fn freeze(self) -> Result<Self> {
         let weights = self.weights().map(|(name, w)| (name.to_string(), w)).collect();
         let model = Self::assemble(self.config, Weights { parameters: BTreeMap::new(), frozen: weights }, false)?;
-        Ok(Self { activations: self.activations, ..model })
+        Ok(Self { activations: self.activations, recomputes: self.recomputes, ..model })
     }
 
     /// The same model whose activations are of this type: that of the parameters, or on a GPU bf16. The residual stream keeps the
@@ -226,6 +267,13 @@ impl Llama {
         }
         self.activations = dtype;
         Ok(self)
+    }
+
+    /// The same model, which keeps of a training step the input of each layer alone and computes the layer again on the way back; see
+    /// [`Gpt::with_activation_checkpointing`](crate::gpt::Gpt::with_activation_checkpointing).
+    pub fn with_activation_checkpointing(mut self, on: bool) -> Self {
+        self.recomputes = on;
+        self
     }
 
     /// The element type of the activations, and so of the keys and values that attention is given.
@@ -249,7 +297,7 @@ impl Llama {
     /// # Errors
     /// An id that is one of the tokenizer's own, or one far beyond them.
     pub fn with_landmarks(self, landmarks: LandmarkConfig, known: usize) -> Result<Self> {
-        let Self { mut config, weights: Weights { mut parameters, mut frozen }, activations, .. } = self;
+        let Self { mut config, weights: Weights { mut parameters, mut frozen }, activations, recomputes, .. } = self;
         let (id, rows) = (landmarks.mem_id as usize, config.vocab_size);
         if known == 0 || known > rows {
             let expected = format!("1 to {rows}, as the embedding has rows");
@@ -278,7 +326,7 @@ impl Llama {
         config.vocab_size = rows.max(id + 1);
         config.landmarks = Some(landmarks);
         let tracked = !parameters.is_empty();
-        Ok(Self { activations, ..Self::assemble(config, Weights { parameters, frozen }, tracked)? })
+        Ok(Self { activations, recomputes, ..Self::assemble(config, Weights { parameters, frozen }, tracked)? })
     }
 
     /// Attention for windows `ids` `[B, T]` (u32): dense, or through the landmarks among them if the model has landmarks.
@@ -294,21 +342,20 @@ impl Llama {
             let expected = "[batch, time]".to_string();
             return Err(Error::Shape { op: "Llama::hidden", tensor: "ids", got: ids.dims().to_vec(), expected });
         }
-        let (heads, kv_heads) = (self.config.num_attention_heads, self.config.num_key_value_heads);
+        let heads = [self.config.num_attention_heads, self.config.num_key_value_heads];
+        let activations = self.activations;
         let mut x = self.embedding.embedding(ids)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let normal = layer.input_norm.apply(&x, self.activations)?;
-            let mut q = ops::split_heads(&layer.q.apply(&normal)?, heads)?;
-            let mut k = ops::split_heads(&layer.k.apply(&normal)?, kv_heads)?;
-            let v = ops::split_heads(&layer.v.apply(&normal)?, kv_heads)?;
-            if let Some([q_norm, k_norm]) = &layer.qk_norm {
-                (q, k) = (q_norm.apply(&q, self.activations)?, k_norm.apply(&k, self.activations)?);
-            }
-            let o = ops::attend(attention, index, [&q, &k, &v], self.activations)?;
-            x = layer.o.onto(&ops::join_heads(&o)?, &x)?;
-            let normal = layer.post_attention_norm.apply(&x, self.activations)?;
-            let inner = ops::swiglu(&layer.gate.apply(&normal)?, &layer.up.apply(&normal)?)?;
-            x = layer.down.onto(&inner, &x)?;
+            x = match self.recomputes.then(|| attention.again()).flatten() {
+                None => layer.forward(&x, index, attention, heads, activations)?,
+                Some(again) => {
+                    let (of, again) = (layer.clone(), Mutex::new(again));
+                    ops::recomputed(&x, &layer.parameters(), move |x| {
+                        let mut again = again.lock().unwrap_or_else(PoisonError::into_inner);
+                        of.forward(x, index, &mut **again, heads, activations)
+                    })?
+                }
+            };
         }
         self.norm.apply(&x, self.activations)
     }
