@@ -20,15 +20,13 @@ use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::Result;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::backprop::GradStore;
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Shape, Storage, Tensor, TensorId, Var, WithDType};
-
 use landmark_attention::Attend;
-
-use crate::Result;
 
 type Slots = Arc<Mutex<Vec<Option<Tensor>>>>;
 type Backward = Box<dyn Fn(Vec<Option<Gradient>>) -> Result<Vec<Gradient>> + Send + Sync>;
@@ -377,10 +375,7 @@ impl Tape {
 
     /// Whether the gradient of an input can be asked for. For one of which it can't, `backward` gives any tensor.
     pub fn wants(&self, input: &Tensor) -> bool {
-        match &self.way {
-            Way::Recorded(_) => wanted(input).is_some(),
-            Way::Candle { .. } => input.track_op(),
-        }
+        wanted(input).is_some() || input.track_op()
     }
 
     /// Ends the recording with the `outputs`. `backward` takes the gradient of each output, `None` for one that the loss does
@@ -467,10 +462,7 @@ impl Tape {
             index += 1;
             hub.apply_op1(out)
         });
-        let mut tensors = Vec::with_capacity(N);
-        for output in outputs {
-            tensors.push(output?);
-        }
+        let tensors = outputs.into_iter().collect::<candle_core::Result<Vec<_>>>()?;
         Ok(tensors.try_into().expect("one tensor for each of the N outputs"))
     }
 }
