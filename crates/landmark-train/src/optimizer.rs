@@ -114,7 +114,7 @@ impl Optimizer {
         Ok(())
     }
 
-    /// What [`Optimizer::keep_rounded`] asked for, until the next step.
+    /// What `keep_rounded` asked for, until the next step.
     pub fn rounded(&self) -> ops::Rounded {
         self.slots.iter().filter_map(|slot| Some((slot.var.clone(), slot.rounded.clone()?))).collect()
     }

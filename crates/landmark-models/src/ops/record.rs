@@ -1,34 +1,27 @@
 //! Functions of any number of tensors to any number of tensors, with their gradients.
 //!
-//! There are two ways back through them. A caller that knows nothing of this gets candle's: candle's own custom operations take at most
-//! three tensors and give one, so a function here is recorded as
-//!
-//! ```text
-//! input 0 -- Tie --.                       .-- Out 0 (a result)
-//!                  Tie -- ... -- Hub ------+
-//! input 1 ---------'                       '-- Out 1 (a result)
-//! ```
-//!
-//! where everything between the inputs and the results is a single number, there only to give the graph its order. Going
-//! back, each `Out` leaves the gradient of its result in a slot; the `Hub`, reached after all of them, calls the function's
-//! backward and leaves the gradients of the inputs in slots; each `Tie` hands its input the gradient from there.
+//! There are two ways back through them. A caller that knows nothing of this gets candle's, see [`graph`].
 //!
 //! candle adds every gradient to zeros that it fills first: on a GPU that is half of the time of a training step. Training therefore starts
 //! a [`Recording`], in which functions put themselves into a list, and goes back through the list.
 
+mod graph;
+
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
-use crate::Result;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::backprop::GradStore;
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Shape, Storage, Tensor, TensorId, Var, WithDType};
+use candle_core::{DType, Shape, Storage, Tensor, TensorId, Var, WithDType};
+
 use landmark_attention::Attend;
 
-type Slots = Arc<Mutex<Vec<Option<Tensor>>>>;
+use crate::Result;
+use graph::{Hub, Out, Seed, Slots, Tie};
+
 type Backward = Box<dyn Fn(Vec<Option<Gradient>>) -> Result<Vec<Gradient>> + Send + Sync>;
 
 /// A gradient on its way back.
@@ -314,28 +307,6 @@ pub(crate) fn in_type(w: &Tensor, dtype: DType) -> Result<Tensor> {
     }
 }
 
-/// The end of a graph whose gradient is known.
-struct Seed(Tensor);
-
-impl CustomOp1 for Seed {
-    fn name(&self) -> &'static str {
-        "seed"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok(token())
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, beside: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        gpu_token(beside)
-    }
-
-    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        Ok(Some(self.0.clone()))
-    }
-}
-
 /// A function being recorded.
 pub(crate) struct Tape {
     name: &'static str,
@@ -375,7 +346,10 @@ impl Tape {
 
     /// Whether the gradient of an input can be asked for. For one of which it can't, `backward` gives any tensor.
     pub fn wants(&self, input: &Tensor) -> bool {
-        wanted(input).is_some() || input.track_op()
+        match &self.way {
+            Way::Recorded(_) => wanted(input).is_some(),
+            Way::Candle { .. } => input.track_op(),
+        }
     }
 
     /// Ends the recording with the `outputs`. `backward` takes the gradient of each output, `None` for one that the loss does
@@ -462,139 +436,10 @@ impl Tape {
             index += 1;
             hub.apply_op1(out)
         });
-        let tensors = outputs.into_iter().collect::<candle_core::Result<Vec<_>>>()?;
+        let mut tensors = Vec::with_capacity(N);
+        for output in outputs {
+            tensors.push(output?);
+        }
         Ok(tensors.try_into().expect("one tensor for each of the N outputs"))
-    }
-}
-
-/// The slots, also after a panic elsewhere: they hold whole values at all times.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The number that orders the graph.
-fn token() -> (CpuStorage, Shape) {
-    (CpuStorage::F32(vec![0.]), Shape::from(()))
-}
-
-/// The same on a GPU.
-#[cfg(feature = "cuda")]
-fn gpu_token(beside: &CudaStorage) -> candle_core::Result<(CudaStorage, Shape)> {
-    use candle_core::backend::BackendStorage;
-    let device = beside.device();
-    // SAFETY: nobody reads the number.
-    let token = unsafe { device.alloc::<f32>(1)? };
-    Ok((CudaStorage::wrap_cuda_slice(token, device.clone()), Shape::from(())))
-}
-
-struct Tie {
-    name: &'static str,
-    index: usize,
-    grads: Slots,
-}
-
-impl CustomOp2 for Tie {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok(token())
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        token: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(CudaStorage, Shape)> {
-        gpu_token(token)
-    }
-
-    fn bwd(
-        &self,
-        _token: &Tensor,
-        input: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        // An input that no gradient is wanted of is spared candle's accumulation.
-        let input_grad = lock(&self.grads)[self.index].take().filter(|_| input.track_op());
-        Ok((Some(grad.clone()), input_grad))
-    }
-}
-
-struct Hub {
-    name: &'static str,
-    output_grads: Slots,
-    input_grads: Slots,
-    backward: Backward,
-}
-
-impl CustomOp1 for Hub {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok(token())
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, token: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        gpu_token(token)
-    }
-
-    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let output_grads = lock(&self.output_grads).iter_mut().map(|grad| grad.take().map(Gradient::from)).collect();
-        let grads = (self.backward)(output_grads)?;
-        let mut slots = lock(&self.input_grads);
-        assert_eq!(slots.len(), grads.len(), "{}: one gradient for each input", self.name);
-        for (slot, grad) in slots.iter_mut().zip(grads) {
-            *slot = Some(grad.whole);
-        }
-        Ok(Some(grad.clone()))
-    }
-}
-
-struct Out {
-    name: &'static str,
-    index: usize,
-    grads: Slots,
-    /// Taken by the forward pass, which runs once, when the node is made.
-    output: Mutex<Option<Output>>,
-}
-
-impl CustomOp1 for Out {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        match lock(&self.output).take() {
-            Some(Output { storage: Storage::Cpu(storage), shape }) => Ok((storage, shape)),
-            _ => candle_core::bail!("{}: the forward pass runs once, where its result is", self.name),
-        }
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        match lock(&self.output).take() {
-            Some(Output { storage: Storage::Cuda(storage), shape }) => Ok((storage, shape)),
-            _ => candle_core::bail!("{}: the forward pass runs once, where its result is", self.name),
-        }
-    }
-
-    fn bwd(&self, hub: &Tensor, _: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        lock(&self.grads)[self.index] = Some(grad.contiguous()?);
-        Ok(Some(hub.zeros_like()?))
     }
 }
