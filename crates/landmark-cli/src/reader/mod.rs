@@ -12,6 +12,7 @@ use landmark_data::{TOKENIZER_FILE, Tokenizer};
 use landmark_memory::{BlockRead, LandmarkCache};
 use landmark_models::IGNORE;
 use landmark_models::gpt::Gpt;
+use landmark_train::checkpoint::EXPERIMENT;
 pub use memory::{Memory, fitting};
 pub use setting::{Reading, Setting};
 use std::path::{Path, PathBuf};
@@ -212,8 +213,8 @@ pub fn checkpoint(folder: &Path) -> anyhow::Result<PathBuf> {
     if folder.join("config.json").exists() {
         return Ok(folder.to_path_buf());
     }
-    let newest = landmark_train::checkpoint::iterations(folder)?.pop();
-    let newest = newest.map(|iteration| landmark_train::checkpoint::path(folder, iteration));
+    let newest = EXPERIMENT.iterations(folder)?.pop();
+    let newest = newest.map(|iteration| EXPERIMENT.path(folder, iteration));
     newest.with_context(|| {
         format!("--checkpoint {}: no model in it: neither a config.json nor a folder ckpt_N", folder.display())
     })

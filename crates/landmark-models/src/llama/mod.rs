@@ -6,6 +6,7 @@
 mod config;
 mod gguf;
 mod load;
+mod lora;
 mod matrix;
 mod model;
 mod parameters;
@@ -13,6 +14,7 @@ mod rope;
 
 pub use config::{Architecture, LandmarkConfig, LlamaConfig};
 pub use gguf::Gguf;
+pub use lora::{LORA_MODULES, LoraConfig};
 pub use matrix::Matrix;
 pub use model::Llama;
 pub use rope::RopeScaling;

@@ -141,7 +141,14 @@ impl Recording {
 
     /// Ends the recording and goes back from `loss`, a scalar that one of the recorded functions gave.
     pub fn backward(self, loss: &Tensor) -> Result<Gradients> {
-        let gradients = self.back_from(loss, loss.ones_like()?.into())?;
+        self.backward_of_share(loss, 1.)
+    }
+
+    /// The same for the gradients of `share` times the loss.
+    pub fn backward_of_share(self, loss: &Tensor, share: f64) -> Result<Gradients> {
+        let one = loss.ones_like()?;
+        let gradient = if share == 1. { one } else { (one * share)? };
+        let gradients = self.back_from(loss, gradient.into())?;
         let gradients = gradients.into_iter().map(|(id, gradient)| (id, gradient.whole)).collect();
         Ok(Gradients(Source::Recorded(gradients)))
     }
