@@ -11,6 +11,7 @@ holds on the GPU, at its most.
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -147,13 +148,17 @@ def in_process(command, read, seconds):
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.perf_counter()
+    # A session of its own, so that the processes in which PyTorch compiles end with it.
+    side = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-        if output.returncode:
-            reason = (output.stderr.strip() or output.stdout.strip() or "no output").splitlines()[-1]
-            return {"failed": f"exit code {output.returncode}: {reason[:300]}"}
-        speed = read(output.stdout)
+        output, errors = side.communicate(timeout=seconds)
+        if side.returncode:
+            reason = (errors.strip() or output.strip() or "no output").splitlines()[-1]
+            return {"failed": f"exit code {side.returncode}: {reason[:300]}"}
+        speed = read(output)
     except subprocess.TimeoutExpired:
+        os.killpg(side.pid, signal.SIGKILL)
+        side.wait()
         return {"failed": f"not done after {seconds} s"}
     finally:
         done.set()

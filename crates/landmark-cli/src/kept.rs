@@ -59,8 +59,11 @@ impl Folder {
 /// SHA-256 of a model's files.
 pub fn hash_of_model(folder: &Path) -> anyhow::Result<String> {
     let mut hasher = Sha256::new();
-    for name in ["config.json", "model.safetensors"] {
-        let path = folder.join(name);
+    let files = match folder.is_file() {
+        true => vec![folder.to_path_buf()],
+        false => [vec![folder.join("config.json")], landmark_models::llama::weight_files(folder)?].concat(),
+    };
+    for path in files {
         let mut read = || std::io::copy(&mut File::open(&path)?, &mut hasher);
         read().with_context(|| format!("cannot read {}", path.display()))?;
     }

@@ -8,18 +8,16 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Kills that must have hit a running process.
-const KILLS: usize = 20;
-/// Of these, so many as soon as a save has begun.
-const KILLS_IN_A_SAVE: usize = 10;
 const ITERATIONS: usize = 60;
 
-fn train(folder: &Path, results: &str, resume: bool) -> Command {
+fn train(folder: &Path, device: &str, results: &str, resume: bool) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_landmark"));
     let flags = "train --config_format rotary --model landmark --n_embd 64 --n_head 2 --n_layer 2 --batch_size 4 \
-        --sequence_length 64 --acc_steps 2 --dataset tiny --dropout 0.1 --mem_freq 7 --eval_freq 10 --exp_name run \
+        --sequence_length 64 --acc_steps 2 --dataset tiny --mem_freq 7 --eval_freq 10 --exp_name run \
         --save_checkpoint_freq 2 --grad_clip 1.0 --data_dir . --results_base_folder";
     command.current_dir(folder).args(flags.split_whitespace()).arg(results);
+    // A GPU does not drop.
+    command.args(["--device", device, "--dropout", if device == "cpu" { "0.1" } else { "0.0" }]);
     command.args(["--iterations", &ITERATIONS.to_string()]).args(resume.then_some("--resume"));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     command
@@ -67,6 +65,20 @@ fn random() -> impl FnMut() -> f64 {
 
 #[test]
 fn killed_runs_end_as_one_that_was_never_killed() {
+    kill_and_resume("cpu", 20, 10);
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn so_do_runs_on_a_gpu() {
+    if let Err(error) = candle_core::Device::new_cuda(0) {
+        return eprintln!("skipped: no GPU here ({error})");
+    }
+    kill_and_resume("cuda", 10, 4);
+}
+
+/// `wanted` kills of a running process, of which `wanted_in_a_save` as soon as a save has begun.
+fn kill_and_resume(device: &str, wanted: usize, wanted_in_a_save: usize) {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     let text: String = (0..800).map(|i| format!("{i} green bottles hanging on the wall, {} fall. ", i % 7)).collect();
@@ -75,28 +87,28 @@ fn killed_runs_end_as_one_that_was_never_killed() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_landmark"));
     assert!(command.current_dir(folder).args(prepare.split_whitespace()).output().unwrap().status.success());
 
-    let whole = run_to_the_end(train(folder, "whole", false));
+    let whole = run_to_the_end(train(folder, device, "whole", false));
     let mut random = random();
     let (mut kills, mut in_a_save, mut leftovers) = (0, 0, 0);
     let mut round = 0;
-    while kills < KILLS {
+    while kills < wanted {
         round += 1;
-        assert!(round < 4 * KILLS, "too many runs ended before they were killed");
+        assert!(round < 4 * wanted, "too many runs ended before they were killed");
         let results = format!("killed{round}");
         let experiment = folder.join(&results).join("tiny/landmark/run");
         let mut resume = false;
         // Several kills to a run, so that resumed runs are killed too.
         while !experiment.join("summary.json").exists() {
-            let child = train(folder, &results, resume).spawn().unwrap();
+            let child = train(folder, device, &results, resume).spawn().unwrap();
             resume = true;
-            let while_saving = in_a_save < KILLS_IN_A_SAVE;
-            if kills < KILLS && while_saving {
+            let while_saving = in_a_save < wanted_in_a_save;
+            if kills < wanted && while_saving {
                 // Saves take milliseconds: somewhere between their beginning and a little after.
                 let hit = kill(child, &experiment, true, Duration::from_secs_f64(random() * 3e-3));
                 leftovers += usize::from(hit && is_saving(&experiment));
                 kills += usize::from(hit);
                 in_a_save += usize::from(hit);
-            } else if kills < KILLS {
+            } else if kills < wanted {
                 std::thread::sleep(whole.mul_f64(random() * 0.7));
                 kills += usize::from(kill(child, &experiment, false, Duration::ZERO));
             } else {

@@ -116,12 +116,12 @@ impl Batches {
     /// Batch number `index` of the run with this `seed`: a pure function of the two.
     pub fn batch(&self, seed: u64, index: u64) -> Batch {
         let mut batch = self.empty();
-        self.fill(&mut batch, self.batch_size, seed, index);
+        self.fill(&mut batch, seed, index);
         batch
     }
 
     /// Adds windows until the batch is full.
-    pub(crate) fn fill(&self, batch: &mut Batch, rows: usize, seed: u64, index: u64) {
+    pub(crate) fn fill(&self, batch: &mut Batch, seed: u64, index: u64) {
         let mut key = *b"landmark-data: windows  --------";
         key[24..].copy_from_slice(&seed.to_le_bytes());
         let mut rng = ChaCha8Rng::from_seed(key);
@@ -131,6 +131,7 @@ impl Batches {
             None => self.stream.len() - self.sequence_length as u64 - 1,
             Some(blocks) => self.stream.tokens().len() - blocks.tokens() as u64,
         };
+        let rows = self.batch_size - batch.rows;
         self.gather(batch, (0..rows).map(|_| below(&mut rng, starts)));
     }
 

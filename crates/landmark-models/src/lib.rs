@@ -29,7 +29,9 @@ mod files;
 pub mod gpt;
 pub mod hub;
 pub mod llama;
+mod model;
 pub mod ops;
 
 pub use error::{Error, Result};
+pub use model::{Attention, Model, Outline};
 pub use ops::IGNORE;

@@ -5,7 +5,7 @@ use crate::gpt::border;
 use crate::model::{Recipe, Rows};
 use crate::settings::Settings;
 use landmark_data::{Batch, Batches, BorderRule, DataFolder, Exercises, Landmarks, Stream, Tokenizer, Tokens};
-use landmark_models::gpt::GptConfig;
+use landmark_models::gpt::Placement;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -149,8 +149,8 @@ impl Corpus {
 
 /// The borders that the landmarks of a model with this configuration are put at, with at most `mem_freq` tokens in a block; `None` if they are
 /// at regular places.
-pub fn border_rule(model: &GptConfig, tokenizer: &Tokenizer, mem_freq: usize) -> Result<Option<BorderRule>> {
-    border(model.landmarks).map(|border| Ok(BorderRule::new(border, tokenizer, narrow(mem_freq)?)?)).transpose()
+pub fn border_rule(landmarks: Placement, tokenizer: &Tokenizer, mem_freq: usize) -> Result<Option<BorderRule>> {
+    border(landmarks).map(|border| Ok(BorderRule::new(border, tokenizer, narrow(mem_freq)?)?)).transpose()
 }
 
 fn narrow(mem_freq: usize) -> Result<u32> {
@@ -212,7 +212,7 @@ impl Data {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use landmark_models::gpt::Placement;
+    use landmark_models::gpt::GptConfig;
 
     fn corpus(train: Vec<u32>, tokenizer: Option<Tokenizer>) -> Corpus {
         Corpus { train: train.into(), validation: Tokens::Memory(Vec::new()), tokenizer }

@@ -90,8 +90,11 @@ impl Recipe for GptConfig {
         Rows { length, flag, mem_freq, landmark_id, vocab_size, border, texts_apart: true }
     }
 
-    fn init(settings: &Settings, device: &Device) -> Result<Gpt> {
-        let model = Gpt::init(&settings.model, settings.seed, DType::F32, device)?;
+    fn init(settings: &Settings, from: Option<&Path>, device: &Device) -> Result<Gpt> {
+        let model = match from {
+            None => Gpt::init(&settings.model, settings.seed, DType::F32, device)?,
+            Some(folder) => load(&settings.model, folder, device)?,
+        };
         Ok(model.with_activations(settings.precision.dtype())?)
     }
 
@@ -138,4 +141,25 @@ fn check_process(settings: &Settings) -> Result<()> {
         return Err(Error::setting("optimization_process", message));
     }
     Ok(())
+}
+
+/// The weights of another model of this kind. What is random in training, the window and the frequency of landmarks may be others.
+fn load(config: &GptConfig, folder: &Path, device: &Device) -> Result<Gpt> {
+    let model = Gpt::load(folder, device)?;
+    let other = model.config();
+    let same_kind = GptConfig {
+        sequence_length: config.sequence_length,
+        mem_freq: config.mem_freq,
+        dropout: config.dropout,
+        group_dropout: config.group_dropout,
+        under_rem_score_prob: config.under_rem_score_prob,
+        pos_jump_on_mem: config.pos_jump_on_mem,
+        ..other.clone()
+    };
+    if same_kind != *config {
+        let message = format!("{}: that model is another one: {other:?}, not {config:?}", folder.display());
+        return Err(Error::setting("init_from", message));
+    }
+    let weights = model.parameters().iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
+    Ok(Gpt::from_tensors(config, weights)?)
 }

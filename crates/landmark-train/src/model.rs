@@ -69,8 +69,8 @@ pub trait Recipe: Clone + PartialEq + Serialize + DeserializeOwned {
     /// How the rows of a batch are laid out.
     fn rows(settings: &Settings<Self>) -> Rows;
 
-    /// The model that a run begins with.
-    fn init(settings: &Settings<Self>, device: &Device) -> Result<Self::Model>;
+    /// The model that a run begins with: with the weights of the one in the folder `from`, if one is given.
+    fn init(settings: &Settings<Self>, from: Option<&Path>, device: &Device) -> Result<Self::Model>;
 
     /// The model of a checkpoint.
     fn load(settings: &Settings<Self>, folder: &Path, device: &Device) -> Result<Self::Model>;

@@ -25,6 +25,8 @@ pub struct Limits<'a, M = Gpt> {
     pub experiment: Option<&'a Path>,
     /// Whether it goes on from a checkpoint.
     pub resume: Resume<'a>,
+    /// The folder of a model with whose weights a new run begins, not with random ones.
+    pub init_from: Option<&'a Path>,
     /// Somebody else's wish to stop after the current step.
     pub stop: Option<&'a AtomicBool>,
     /// Stop after so much time.
@@ -37,7 +39,15 @@ pub struct Limits<'a, M = Gpt> {
 
 impl<M> Default for Limits<'_, M> {
     fn default() -> Self {
-        Self { experiment: None, resume: Resume::No, stop: None, time: None, wandb: None, sample: None }
+        Self {
+            experiment: None,
+            resume: Resume::No,
+            init_from: None,
+            stop: None,
+            time: None,
+            wandb: None,
+            sample: None,
+        }
     }
 }
 
@@ -126,7 +136,7 @@ pub fn train<C: Recipe>(
     };
     let (trainer, history) = match found {
         Some(found) => resume(settings, device, found, observe)?,
-        None => (Trainer::new(settings, C::init(settings, device)?)?, History::default()),
+        None => (Trainer::new(settings, C::init(settings, limits.init_from, device)?)?, History::default()),
     };
     let deadline = limits.time.and_then(|time| begun.checked_add(time));
     let outcome =

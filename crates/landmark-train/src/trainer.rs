@@ -18,6 +18,8 @@ pub struct Trainer<M: Model = Gpt> {
     schedule: Schedule,
     settings: Settings<M::Recipe>,
     iteration: usize,
+    #[cfg(feature = "cuda")]
+    numbers: crate::cuda::Numbers,
 }
 
 /// What a step came to.
@@ -61,14 +63,23 @@ impl<M: Model> Trainer<M> {
         if model.activations() == DType::BF16 {
             optimizer.keep_rounded()?;
         }
-        Ok(Self { model, optimizer, schedule: settings.schedule(), settings: settings.clone(), iteration: 0 })
+        Ok(Self {
+            model,
+            optimizer,
+            schedule: settings.schedule(),
+            settings: settings.clone(),
+            iteration: 0,
+            #[cfg(feature = "cuda")]
+            numbers: Default::default(),
+        })
     }
 
     /// One step on the sum of the gradients of these batches.
     pub fn step(&mut self, batches: impl IntoIterator<Item = Batch>) -> Result<Step> {
         let mut gradients = self.optimizer.gradients();
-        // Read at the end: reading waits for the device.
         let mut losses = Vec::new();
+        #[cfg(feature = "cuda")]
+        self.numbers.restart();
         let mut tokens = 0;
         let rounded = self.optimizer.rounded();
         let Settings { seed, negatives, acc_steps, mean_gradients, .. } = self.settings;
@@ -78,10 +89,17 @@ impl<M: Model> Trainer<M> {
             let training = Training { seed, negatives, rounded: rounded.clone() };
             self.model.read(&self.settings, &batch, Some(training), |read| {
                 let loss = self.model.loss(&read.hidden, &read.targets, read.weights.as_ref())?;
+                // On a GPU a loss is on its way before the way back is launched, and read after that.
+                match loss.device().is_cpu() {
+                    true => losses.push(scalar(&loss)?),
+                    #[cfg(feature = "cuda")]
+                    false => self.numbers.send(&loss)?,
+                    #[cfg(not(feature = "cuda"))]
+                    false => unreachable!("a model is on a GPU with the feature alone"),
+                }
                 let recording = read.recording.expect("a training step is recorded");
                 let share = if mean_gradients { 1. / acc_steps as f64 } else { 1. };
                 self.optimizer.accumulate(&mut gradients, &mut recording.backward_of_share(&loss, share)?)?;
-                losses.push(loss.detach());
                 Ok(())
             })?;
             tokens += batch.inputs.len();
@@ -89,7 +107,9 @@ impl<M: Model> Trainer<M> {
         let lr = self.schedule.rate(self.iteration);
         let grad_norm = self.optimizer.step(&gradients, lr)?;
         self.iteration += 1;
-        let loss = losses.iter().map(scalar).sum::<Result<f64>>()? / losses.len() as f64;
+        #[cfg(feature = "cuda")]
+        losses.extend(self.numbers.take()?);
+        let loss = losses.iter().sum::<f64>() / losses.len() as f64;
         if !loss.is_finite() {
             return Err(Error::Diverged { iteration: self.iteration, loss });
         }

@@ -146,7 +146,10 @@ impl Recipe for Tuning {
         }
     }
 
-    fn init(settings: &Settings<Self>, device: &Device) -> Result<Tuned> {
+    fn init(settings: &Settings<Self>, from: Option<&Path>, device: &Device) -> Result<Tuned> {
+        if from.is_some() {
+            return Err(Error::setting("init_from", "fine-tuning begins with --model_name_or_path"));
+        }
         let (model, tokenizer) = settings.model.base(settings.precision, device)?;
         let model = match &settings.model.lora {
             Some(lora) => model.with_lora(lora, settings.seed)?,

@@ -114,6 +114,24 @@ fn retrieval() -> Settings {
 }
 
 #[test]
+fn a_run_begins_with_another_models_weights() {
+    let (folder, settings) = (tempfile::tempdir().unwrap(), Settings { iterations: 1, lr: 1e-12, ..settings() });
+    let model = Gpt::init(&settings.model, 77, candle_core::DType::F32, &Device::Cpu).unwrap();
+    model.save(folder.path()).unwrap();
+    let begin = |settings: &Settings| {
+        let limits = Limits { init_from: Some(folder.path()), ..Limits::default() };
+        train(settings, &data(settings), &Device::Cpu, &limits, &mut |_| {})
+    };
+    let Outcome::Finished { model: after, .. } = begin(&settings).unwrap() else { panic!("it was not stopped") };
+    let weights = |model: &Gpt| bits(model).into_iter().map(f32::from_bits).collect::<Vec<_>>();
+    let change = weights(&model).iter().zip(weights(&after)).map(|(a, b)| (a - b).abs()).fold(0., f32::max);
+    assert!(change < 1e-9, "{change}");
+    let other = GptConfig { n_head: settings.model.n_head / 2, ..settings.model.clone() };
+    let Err(error) = begin(&Settings { model: other, ..settings }) else { panic!("the heads differ") };
+    assert!(error.to_string().starts_with("--init_from"), "{error}");
+}
+
+#[test]
 fn a_stopped_and_resumed_run_ends_as_one_that_was_not() {
     let at_borders = Settings { model: GptConfig { landmarks: Placement::Sentence, ..settings().model }, ..settings() };
     let with = |opt| Settings { opt, ..settings() };

@@ -14,7 +14,7 @@ use crate::text_pieces::TextPieces;
 use anyhow::{Context, bail};
 use clap::{Args as _, FromArgMatches};
 use hidden::{Fact, hide};
-use landmark_models::gpt::Gpt;
+use landmark_models::Model;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use std::io::{ErrorKind, Write};
@@ -129,7 +129,7 @@ fn demonstrate(args: &Args, out: &mut impl Write) -> anyhow::Result<()> {
         grouped((tokens.len() as f64 / with.seconds) as usize),
         grouped(reader.blocks()),
         grouped(reader.cache_bytes() >> 20),
-        model.config().sequence_length
+        model.outline().window
     )?;
 
     let mut asked = tokens;
@@ -172,16 +172,15 @@ fn facts(args: &Args) -> [Fact; 2] {
 
 /// Says what there is.
 fn introduce(
-    model: &Gpt,
+    model: &Model,
     folder: &Path,
     args: &Args,
     tokens: &[u32],
     facts: &[Fact],
     out: &mut impl Write,
 ) -> anyhow::Result<()> {
-    let config = model.config();
-    let window = config.sequence_length;
-    let parameters: usize = model.parameters().values().map(|var| var.elem_count()).sum();
+    let outline = model.outline();
+    let window = outline.window;
     writeln!(
         out,
         "Landmark attention: a model whose window is {window} tokens reads {} and answers from them.\n",
@@ -191,11 +190,11 @@ fn introduce(
         out,
         "Model   {}: {:.1} million parameters, {} layers, {} wide, {} heads; a landmark after every {} tokens",
         folder.display(),
-        parameters as f64 / 1e6,
-        config.n_layer,
-        config.n_embd,
-        config.n_head,
-        config.mem_freq.unwrap_or_default()
+        model.parameters() as f64 / 1e6,
+        outline.layers,
+        outline.width,
+        outline.heads,
+        outline.mem_freq.unwrap_or_default()
     )?;
     let text = match &args.file {
         None if args.checkpoint.is_none() => format!("{TITLE}, which the model has never seen"),
@@ -246,7 +245,7 @@ fn read(reader: &mut Reader, tokens: &[u32], scored: usize, what: &str) -> anyho
 /// far, and goes on with the question and the answer.
 fn ask(
     reader: &mut Reader,
-    model: &Gpt,
+    model: &Model,
     fact: &Fact,
     tokens: &mut Vec<u32>,
     out: &mut impl Write,
@@ -257,7 +256,7 @@ fn ask(
     // What the window alone sees.
     let flags = CacheFlags { lm_cache: Some(LmCache::None), ..CacheFlags::default() };
     let mut window = Reader::new(model.detached(), tokenizer.clone(), &flags)?;
-    let seen = fitting(model.config().sequence_length, model.config()).min(tokens.len());
+    let seen = fitting(model.outline().window, &model.outline()).min(tokens.len());
     window.read(&tokens[tokens.len() - seen..], |_| true)?;
     let without = tokenizer.decode(&answer(&mut window)?)?;
 

@@ -15,7 +15,6 @@ use crate::reading::ReadingBar;
 use anyhow::{Context, bail};
 pub use flags::Args;
 use landmark_data::{TOKENIZER_FILE, Tokenizer};
-use landmark_models::gpt::Gpt;
 use report::Report;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -42,7 +41,7 @@ pub struct Model {
     /// The folder of the checkpoint itself.
     pub folder: PathBuf,
     /// The model.
-    pub gpt: Gpt,
+    pub weights: landmark_models::Model,
     /// Its tokenizer, if it has one or one was given.
     pub tokenizer: Option<Tokenizer>,
 }
@@ -50,13 +49,13 @@ pub struct Model {
 impl Model {
     fn open(named: &Path, args: &Args) -> anyhow::Result<Self> {
         let folder = reader::checkpoint(named)?;
-        let gpt = reader::load(&folder, args.device)?;
+        let weights = reader::load(&folder, args.device)?;
         // Prepared tokens can do without one.
-        let tokenizer = match args.tokenizer.is_some() || folder.join(TOKENIZER_FILE).exists() {
+        let tokenizer = match args.tokenizer.is_some() || folder.is_file() || folder.join(TOKENIZER_FILE).exists() {
             true => Some(reader::tokenizer(&folder, args.tokenizer.as_deref())?),
             false => None,
         };
-        Ok(Self { folder, gpt, tokenizer })
+        Ok(Self { folder, weights, tokenizer })
     }
 }
 
@@ -92,11 +91,11 @@ fn one(checkpoint: &Path, args: &Args) -> anyhow::Result<ExitCode> {
         }
         (None, _) => bail!("--dataset: one at a time, several with --grid only"),
     };
-    text.check_model(&model.gpt, model.tokenizer.as_ref())?;
+    text.check_model(&model.weights, model.tokenizer.as_ref())?;
     let whole = text.split.is_none().then(|| text.targets());
     let tokenizer = model.tokenizer.as_ref();
     let length = args.text.eval_seq_length;
-    let reading = Reading::resolve(&args.cache, args.use_cache, length, whole, &model.gpt, tokenizer)?;
+    let reading = Reading::resolve(&args.cache, args.use_cache, length, whole, &model.weights, tokenizer)?;
     if args.results.plot_distances.is_some() && reading.setting.cache_topk.unwrap_or(0) == 0 {
         bail!("--plot_distances is refused: no blocks are read; add --use_cache, with --cache_topk of at least 1");
     }
@@ -133,10 +132,11 @@ fn evaluate(
     what: &str,
 ) -> anyhow::Result<Option<Report>> {
     let mut bar = ReadingBar::new(what, Some((sequences.len() * sequences.length) as u64));
-    let measured = measure::evaluate(&model.gpt, reading, sequences, args.batch_size, args.results.bins, |tokens| {
-        bar.set(tokens as u64, tokens);
-        !interrupt::requested()
-    });
+    let measured =
+        measure::evaluate(&model.weights, reading, sequences, args.batch_size, args.results.bins, |tokens| {
+            bar.set(tokens as u64, tokens);
+            !interrupt::requested()
+        });
     bar.finish();
     Ok(measured?.map(|measured| Report::new(model, text, measured)))
 }

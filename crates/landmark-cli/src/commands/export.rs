@@ -41,7 +41,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     let model = Gpt::load(&folder, &Device::Cpu).with_context(|| format!("--checkpoint {}", folder.display()))?;
     let tokenizer = reader::tokenizer(&folder, args.tokenizer.as_deref())?;
-    reader::check_vocabulary(&model, &tokenizer)?;
+    reader::check_vocabulary(model.config().vocab_size, &tokenizer)?;
     let dtype = match args.dtype {
         Dtype::Float32 => DType::F32,
         Dtype::BFloat16 => DType::BF16,

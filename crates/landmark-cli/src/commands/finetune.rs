@@ -68,6 +68,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let limits = Limits {
         experiment: Some(&output),
         resume,
+        init_from: None,
         stop: Some(&interrupt::STOP),
         time,
         wandb: wandb.as_ref(),

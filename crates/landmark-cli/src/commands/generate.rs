@@ -148,7 +148,10 @@ impl Feed<'_> {
     }
 
     fn push(&mut self, text: &str) -> anyhow::Result<()> {
-        let tokens = self.reader.tokenizer().encode(text)?;
+        let mut tokens = self.reader.tokenizer().encode(text)?;
+        if self.read == 0 && self.pending.is_empty() {
+            tokens.splice(0..0, self.reader.begin().iter().copied());
+        }
         if let Some(all) = &mut self.all {
             all.extend(&tokens);
         }

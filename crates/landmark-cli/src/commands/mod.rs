@@ -1,6 +1,7 @@
 //! The commands, one file each: its flags, and a `run` that does the work and gives the exit code.
 
 pub mod bench;
+pub mod chat;
 pub mod completions;
 pub mod demo;
 pub mod eval;
@@ -39,6 +40,8 @@ pub enum Command {
     Merge(merge::Args),
     /// Go on with a text of any length
     Generate(Box<generate::Args>),
+    /// Talk with a model, about a text of any length
+    Chat(Box<chat::Args>),
     /// Test whether the model finds a number that was told once, somewhere in a long text
     Passkey(Box<passkey::Args>),
     /// Print completions for a shell
@@ -59,6 +62,7 @@ impl Command {
             Self::Export(args) => export::run(args),
             Self::Merge(args) => merge::run(args),
             Self::Generate(args) => generate::run(*args),
+            Self::Chat(args) => chat::run(*args),
             Self::Passkey(args) => passkey::run(*args),
             Self::Completions(args) => completions::run(args),
         }

@@ -11,7 +11,8 @@ use crate::reader::{self, CacheFlags, LmCache, Memory, ModelFlags, Reading, Sele
 use crate::reading::{ReadingBar, grouped};
 use anyhow::{Context, bail};
 use landmark_data::Tokenizer;
-use landmark_models::gpt::{Gpt, Placement};
+use landmark_models::Model;
+use landmark_models::gpt::Placement;
 use prompt::{Filler, MOST_KEYS, Prompts};
 pub use prompt::{number, question, told};
 use results::{Cell, Results, Trial};
@@ -108,7 +109,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let folder = reader::checkpoint(&args.model.checkpoint)?;
     let model = reader::load(&folder, args.model.device)?;
     let tokenizer = reader::tokenizer(&folder, args.model.tokenizer.as_deref())?;
-    reader::check_vocabulary(&model, &tokenizer)?;
+    reader::check_vocabulary(model.outline().vocab_size, &tokenizer)?;
     let ways = ways(&args, &model)?;
     let filler = match &args.filler {
         None => Filler::garbage(&tokenizer)?,
@@ -189,8 +190,8 @@ fn check(args: &Args) -> anyhow::Result<()> {
 }
 
 /// The ways of reading that are compared.
-fn ways(args: &Args, model: &Gpt) -> anyhow::Result<Vec<CacheFlags>> {
-    let kind = args.cache.kind(model.config())?;
+fn ways(args: &Args, model: &Model) -> anyhow::Result<Vec<CacheFlags>> {
+    let kind = args.cache.kind(&model.outline())?;
     for (flag, given) in
         [("without_retrieval", args.without_retrieval), ("all_selection_methods", args.all_selection_methods)]
     {
@@ -211,13 +212,13 @@ fn ways(args: &Args, model: &Gpt) -> anyhow::Result<Vec<CacheFlags>> {
 }
 
 /// A way of reading prompts of `length` tokens. What the window alone is read of, its end, is all that an answer depends on.
-fn resolve(flags: &CacheFlags, length: usize, model: &Gpt, tokenizer: &Tokenizer) -> anyhow::Result<Reading> {
-    let config = model.config();
+fn resolve(flags: &CacheFlags, length: usize, model: &Model, tokenizer: &Tokenizer) -> anyhow::Result<Reading> {
+    let outline = model.outline();
     let mut seen = length;
     if flags.lm_cache == Some(LmCache::None) {
-        seen = length.min(fitting(config.sequence_length, config));
+        seen = length.min(fitting(outline.window, &outline));
         // From the beginning of a block, as training has it.
-        if let (Some(mem_freq), Placement::Regular) = (config.mem_freq, config.landmarks) {
+        if let (Some(mem_freq), Placement::Regular) = (outline.mem_freq, outline.placement) {
             seen -= ((mem_freq - (length - seen) % mem_freq) % mem_freq).min(seen - 1);
         }
     }
@@ -229,7 +230,7 @@ fn compute(
     key: &Key,
     reading: Reading,
     args: &Args,
-    model: &Gpt,
+    model: &Model,
     prompts: &Prompts,
     kept: &Folder,
     what: &str,
@@ -272,12 +273,12 @@ fn compute(
 }
 
 /// How many prompts may be read at once.
-fn side_by_side(args: &Args, setting: &Setting, model: &Gpt) -> usize {
+fn side_by_side(args: &Args, setting: &Setting, model: &Model) -> usize {
     let (Some(gb), Some(mem_freq)) = (args.max_cache_gb, setting.mem_cache_freq) else { return args.batch_size };
-    let (config, length) = (model.config(), setting.eval_seq_length + ask::ANSWER);
+    let (outline, length) = (model.outline(), setting.eval_seq_length + ask::ANSWER);
     let blocks = setting.mem_cache_size.unwrap_or(usize::MAX).min(length / mem_freq + 1);
     // Keys and values of a block's tokens, and its landmark's key once more.
-    let bytes =
-        blocks * (2 * (mem_freq + 1) + 1) * config.n_embd * config.n_layer * model.activations().size_in_bytes();
+    let width = outline.kv_heads * outline.head_dim * outline.layers * model.activations().size_in_bytes();
+    let bytes = blocks * (2 * (mem_freq + 1) + 1) * width;
     ((gb * 1e9 / bytes as f64) as usize).clamp(1, args.batch_size)
 }

@@ -7,11 +7,12 @@ mod refused;
 mod sample;
 
 use crate::curves::{self, Metrics, What};
+use crate::reader;
 use anyhow::{Context, bail};
 use candle_core::Device;
 use clap::Parser;
 use flags::{Dtype, Flags, Model, Opt, OptimizationProcess, Scheduler, text};
-use landmark_data::{ExerciseOptions, Tokenizer};
+use landmark_data::{ExerciseOptions, TOKENIZER_FILE, Tokenizer};
 use landmark_models::gpt::{
     Gpt, GptConfig, MlpKind, NegativeRows, Norm, Placement, PositionalEncoder, SoftmaxFunc, Variant,
 };
@@ -75,6 +76,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let plan = plan(&flags, device, experiment)?;
+    let init_from = flags.init_from.as_deref().map(|folder| init_from(folder, &plan)).transpose()?;
     stop_on_signal()?;
     for note in notes(&flags, &plan) {
         eprintln!("{note}");
@@ -89,6 +91,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let limits = Limits {
         experiment: Some(&experiment),
         resume: if flags.resume { Resume::Newest } else { Resume::No },
+        init_from: init_from.as_deref(),
         stop: Some(&STOP),
         time,
         wandb: wandb.as_ref(),
@@ -115,6 +118,19 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The folder of the model to begin with, if its tokens are the data's.
+fn init_from(folder: &Path, plan: &Plan) -> anyhow::Result<PathBuf> {
+    let folder = reader::model_path("init_from", folder)?;
+    let own = folder.join(TOKENIZER_FILE);
+    if let (Some(data), true) = (&plan.data.tokenizer, own.exists()) {
+        let of_model = Tokenizer::from_file(own)?;
+        if of_model.fingerprint() != data.fingerprint() {
+            bail!("--init_from {}: the data's tokens are another tokenizer's", folder.display());
+        }
+    }
+    Ok(folder)
 }
 
 fn plan(flags: &Flags, device: Device, experiment: PathBuf) -> anyhow::Result<Plan> {
@@ -257,7 +273,6 @@ fn settings(flags: &Flags, vocabulary: &Vocabulary, device: &Device) -> anyhow::
             answer_weight: flags.answer_weight,
             several_facts: flags.several_facts,
             asked_again: flags.asked_again,
-            decoy_rows: flags.decoy_rows,
         }),
         negatives: (flags.negative_rows > 0).then_some(NegativeRows {
             negative_rows: flags.negative_rows,

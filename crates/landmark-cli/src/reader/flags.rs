@@ -5,7 +5,7 @@ use crate::device::DeviceChoice;
 use anyhow::bail;
 use clap::{Args, ValueEnum};
 use landmark_memory::Selection;
-use landmark_models::gpt::{GptConfig, SoftmaxFunc, Variant};
+use landmark_models::{Attention, Outline};
 use std::path::PathBuf;
 
 /// `--lm_cache`.
@@ -43,8 +43,9 @@ pub enum SelectionMethod {
 #[derive(Args, Clone, Debug)]
 #[command(rename_all = "snake_case", next_help_heading = "Model")]
 pub struct ModelFlags {
-    /// The model: a checkpoint's folder, or an experiment's, of which the newest checkpoint is taken
-    #[arg(long, value_name = "DIR")]
+    /// The model: a checkpoint's folder, an experiment's, of which the newest checkpoint is taken, a Hugging Face folder, a GGUF file, or
+    /// the name of a model in the Hugging Face cache
+    #[arg(long, value_name = "MODEL", visible_alias = "model_name_or_path")]
     pub checkpoint: PathBuf,
     /// gpt2, bytes, or the path of a tokenizer.json, for a model without a tokenizer.json
     #[arg(long, value_name = "FILE")]
@@ -103,9 +104,8 @@ pub struct CacheFlags {
 
 impl CacheFlags {
     /// Which cache, for this model; refuses flags that it has no use for.
-    pub fn kind(&self, config: &GptConfig) -> anyhow::Result<LmCache> {
-        let is_base = config.model == Variant::BaseRotary;
-        let is_ablation = !is_base && config.softmax_func != SoftmaxFunc::MemOpt;
+    pub fn kind(&self, model: &Outline) -> anyhow::Result<LmCache> {
+        let (is_base, is_ablation) = (model.attention == Attention::Dense, model.attention == Attention::Ablation);
         let kind = self.lm_cache.unwrap_or(match (is_base, is_ablation) {
             (true, _) => LmCache::Kv,
             (_, true) => LmCache::None,
@@ -114,13 +114,15 @@ impl CacheFlags {
         match kind {
             LmCache::KvTrain => bail!("--lm_cache kv_train is refused: it belongs to Transformer-XL training; use kv"),
             LmCache::Mem if is_base => {
-                bail!("--lm_cache mem is refused: the model is base_rotary, which has no landmarks; use kv or none")
+                bail!("--lm_cache mem is refused: the model has no landmarks; use kv or none")
             }
             LmCache::Mem if is_ablation => {
                 bail!("--lm_cache mem is refused: the model's softmax_func ignores landmarks' blocks; use none")
             }
             LmCache::Kv if !is_base => {
-                bail!("--lm_cache kv is refused: it is for base_rotary, and the model has landmarks; use mem or none")
+                bail!(
+                    "--lm_cache kv is refused: it is for models without landmarks, and this one has some; use mem or none"
+                )
             }
             _ => {}
         }
@@ -135,7 +137,7 @@ impl CacheFlags {
         if self.mem_cache_size.is_some() && kind == LmCache::None {
             bail!("--mem_cache_size is refused: with --lm_cache none nothing is kept");
         }
-        if self.rem_cutoff.is_some() && (config.model != Variant::LandmarkWithCmt || kind != LmCache::Mem) {
+        if self.rem_cutoff.is_some() && (!model.has_miss_token || kind != LmCache::Mem) {
             bail!(
                 "--rem_cutoff is refused: only a landmark_with_cmt model that reads with --lm_cache mem has a use for it"
             );

@@ -6,7 +6,8 @@ use anyhow::Context;
 use candle_core::{Device, Tensor};
 use landmark_data::{Placer, TOKENIZER_FILE, Tokenizer};
 use landmark_memory::{CacheConfig, ContextMiss, LandmarkCache, XlCache};
-use landmark_models::gpt::{Gpt, GptConfig, Placement, Variant, WindowAttention};
+use landmark_models::gpt::Placement;
+use landmark_models::{Model, Outline};
 
 /// The memory of some texts that are read side by side.
 pub struct Memory {
@@ -36,19 +37,19 @@ impl Memory {
     /// The memory of `texts` texts that the flags ask for, and the tokens of a chunk. Borders are found with the tokenizer.
     pub fn new(
         flags: &CacheFlags,
-        model: &Gpt,
+        model: &Model,
         tokenizer: Option<&Tokenizer>,
         texts: usize,
     ) -> anyhow::Result<(Self, usize)> {
-        let config = model.config();
-        let window = config.sequence_length;
-        let kind = flags.kind(config)?;
+        let outline = model.outline();
+        let window = outline.window;
+        let kind = flags.kind(&outline)?;
         let mem_freq = match kind {
-            LmCache::Mem => Some(block_tokens(flags, config)?),
-            _ => config.mem_freq,
+            LmCache::Mem => Some(block_tokens(flags, &outline)?),
+            _ => outline.mem_freq,
         };
-        let placer = placer(config, tokenizer, mem_freq)?;
-        let (parts, texts) = if config.landmarks == Placement::Regular { (1, texts) } else { (texts, 1) };
+        let placer = placer(outline.placement, tokenizer, mem_freq)?;
+        let (parts, texts) = if outline.placement == Placement::Regular { (1, texts) } else { (texts, 1) };
         let mut chunk = 0;
         let mut part = || {
             let kind = match kind {
@@ -56,7 +57,7 @@ impl Memory {
                     let cache = landmarks(flags, model, mem_freq.unwrap_or(1), texts)?;
                     // Whole blocks: then no position is beyond those that the model was trained on.
                     let blocks = cache.max_chunk() / (cache.mem_freq() + 1);
-                    let usual = match config.landmarks {
+                    let usual = match outline.placement {
                         Placement::Regular if blocks > 0 => blocks * cache.mem_freq(),
                         _ => cache.max_chunk(),
                     };
@@ -70,13 +71,13 @@ impl Memory {
                             "--mem_cache_size {kept}: the model knows no distances beyond its window of {window} tokens"
                         );
                     }
-                    let usual = fitting(window.saturating_sub(kept).max(1), config);
-                    chunk = flags.chunk(usual, fitting(window, config))?;
-                    Kind::Keys(XlCache::new(config.n_layer, kept, config.rope()))
+                    let usual = fitting(window.saturating_sub(kept).max(1), &outline);
+                    chunk = flags.chunk(usual, fitting(window, &outline))?;
+                    Kind::Keys(XlCache::new(outline.layers, kept, outline.rope.clone()))
                 }
                 LmCache::None | LmCache::KvTrain => {
                     // Half a window at once: every token has at least the other half before it.
-                    chunk = flags.chunk(fitting(window / 2, config), fitting(window, config))?;
+                    chunk = flags.chunk(fitting(window / 2, &outline), fitting(window, &outline))?;
                     Kind::Window(vec![Vec::new(); texts])
                 }
             };
@@ -137,7 +138,7 @@ impl Memory {
     }
 
     /// The hidden states `[texts, n, C]` of the next `n` tokens of each text.
-    pub fn forward(&mut self, model: &Gpt, texts: &[&[u32]]) -> anyhow::Result<Tensor> {
+    pub fn forward(&mut self, model: &Model, texts: &[&[u32]]) -> anyhow::Result<Tensor> {
         let (mut hidden, mut rest) = (Vec::with_capacity(self.parts.len()), texts);
         for part in &mut self.parts {
             let (texts, others) = rest.split_at(part.texts);
@@ -149,27 +150,29 @@ impl Memory {
 }
 
 impl Part {
-    fn forward(&mut self, model: &Gpt, texts: &[&[u32]]) -> anyhow::Result<Tensor> {
-        let landmark = model.config().landmark_id;
+    fn forward(&mut self, model: &Model, texts: &[&[u32]]) -> anyhow::Result<Tensor> {
+        let outline = model.outline();
+        // Of a model that has none, none is put in.
+        let landmark = outline.landmark_id.unwrap_or(0);
         match &mut self.kind {
             Kind::Landmarks(cache) => {
                 let ids = Tensor::from_vec(texts.concat(), (texts.len(), texts[0].len()), model.device())?;
                 // If the cache fails, the text goes on as if the chunk had not been.
                 let mut placer = self.placer.clone();
                 let follows = follows(&mut placer, texts[0]);
-                let hidden = cache
-                    .forward_with_landmarks(&ids, &follows, |ids, attention| Ok(model.hidden(ids, attention, None)?))?;
+                let hidden =
+                    cache.forward_with_landmarks(&ids, &follows, |ids, attention| Ok(model.hidden(ids, attention)?))?;
                 self.placer = placer;
                 Ok(hidden)
             }
             Kind::Keys(cache) => {
                 let follows = follows(&mut self.placer, texts[0]);
                 let (ids, places) = with_landmarks(texts, &follows, landmark, model.device())?;
-                Ok(model.hidden(&ids, cache, None)?.index_select(&places, 1)?)
+                Ok(model.hidden(&ids, cache)?.index_select(&places, 1)?)
             }
             Kind::Window(recent) => {
                 recent.iter_mut().zip(texts).for_each(|(recent, next)| recent.extend_from_slice(next));
-                let (window, next) = (model.config().sequence_length, texts[0].len());
+                let (window, next) = (outline.window, texts[0].len());
                 let mut follows = follows(&mut self.placer.clone(), &recent[0]);
                 // As many of the last tokens as fit with their landmarks.
                 let mut positions = follows.len() + follows.iter().filter(|&&follows| follows).count();
@@ -189,8 +192,8 @@ impl Part {
                 follows.drain(..surplus);
                 let rows: Vec<&[u32]> = recent.iter().map(Vec::as_slice).collect();
                 let (ids, places) = with_landmarks(&rows, &follows, landmark, model.device())?;
-                let mut attention = WindowAttention::new(model.config(), &ids, None)?;
-                let hidden = model.hidden(&ids, &mut attention, None)?;
+                let mut attention = model.window_attention(&ids)?;
+                let hidden = model.hidden(&ids, &mut attention)?;
                 Ok(hidden.index_select(&places.narrow(0, recent[0].len() - next, next)?, 1)?)
             }
         }
@@ -199,12 +202,12 @@ impl Part {
 
 /// The landmarks of a text as the model's training data had them.
 fn placer(
-    config: &GptConfig,
+    placement: Placement,
     tokenizer: Option<&Tokenizer>,
     mem_freq: Option<usize>,
 ) -> anyhow::Result<Option<Placer>> {
     let Some(mem_freq) = mem_freq else { return Ok(None) };
-    if config.landmarks == Placement::Regular {
+    if placement == Placement::Regular {
         return Ok(Some(Placer::every(u32::try_from(mem_freq)?)));
     }
     let tokenizer = tokenizer.with_context(|| {
@@ -212,7 +215,7 @@ fn placer(
             "the model's landmarks are at borders of the text, and it has no {TOKENIZER_FILE}: name it with --tokenizer"
         )
     })?;
-    Ok(landmark_train::border_rule(config, tokenizer, mem_freq)?.map(Placer::at_borders))
+    Ok(landmark_train::border_rule(placement, tokenizer, mem_freq)?.map(Placer::at_borders))
 }
 
 /// Whether a landmark follows each of these tokens.
@@ -221,39 +224,39 @@ fn follows(placer: &mut Option<Placer>, tokens: &[u32]) -> Vec<bool> {
 }
 
 /// The most ordinary tokens of a block in the landmark cache.
-fn block_tokens(flags: &CacheFlags, config: &GptConfig) -> anyhow::Result<usize> {
-    let mem_freq = flags.mem_cache_freq.or(config.mem_freq);
+fn block_tokens(flags: &CacheFlags, outline: &Outline) -> anyhow::Result<usize> {
+    let mem_freq = flags.mem_cache_freq.or(outline.mem_freq);
     let mem_freq =
         mem_freq.context("--mem_cache_freq N is missing: the model was trained without landmarks in its data")?;
-    if mem_freq == 0 || mem_freq >= config.sequence_length {
-        anyhow::bail!("--mem_cache_freq {mem_freq}: expected 1 to {}, the window less 1", config.sequence_length - 1);
+    if mem_freq == 0 || mem_freq >= outline.window {
+        anyhow::bail!("--mem_cache_freq {mem_freq}: expected 1 to {}, the window less 1", outline.window - 1);
     }
     Ok(mem_freq)
 }
 
-fn landmarks(flags: &CacheFlags, model: &Gpt, mem_freq: usize, texts: usize) -> anyhow::Result<LandmarkCache> {
-    let config = model.config();
-    let top_k = flags.top_k(config.sequence_length, mem_freq + 1);
-    let cutoff = flags.rem_cutoff.or(config.rem_cutoff);
+fn landmarks(flags: &CacheFlags, model: &Model, mem_freq: usize, texts: usize) -> anyhow::Result<LandmarkCache> {
+    let outline = model.outline();
+    let top_k = flags.top_k(outline.window, mem_freq + 1);
+    let cutoff = flags.rem_cutoff.or(outline.rem_cutoff);
     let cache = CacheConfig {
-        layers: config.n_layer,
+        layers: outline.layers,
         batch: texts,
-        kv_heads: config.n_head,
+        kv_heads: outline.kv_heads,
         mem_freq,
-        landmark_id: config.landmark_id,
+        landmark_id: outline.landmark_id.context("the model has no landmark")?,
         top_k,
         selection: flags.selection(),
         max_blocks: flags.mem_cache_size,
-        window: config.sequence_length,
-        context_miss: (config.model == Variant::LandmarkWithCmt).then_some(ContextMiss { cutoff }),
+        window: outline.window,
+        context_miss: outline.has_miss_token.then_some(ContextMiss { cutoff }),
     };
-    Ok(LandmarkCache::new(cache, config.rope(), model.activations(), model.device())?)
+    Ok(LandmarkCache::new(cache, outline.rope, model.activations(), model.device())?)
 }
 
 /// The most ordinary tokens of `positions`, wherever in their block they begin. Borders may be anywhere: a text of nothing but ends of
 /// text has a landmark after each.
-pub fn fitting(positions: usize, config: &GptConfig) -> usize {
-    let most = match (config.mem_freq, config.landmarks) {
+pub fn fitting(positions: usize, outline: &Outline) -> usize {
+    let most = match (outline.mem_freq, outline.placement) {
         (None, _) => positions,
         (Some(mem_freq), Placement::Regular) => positions.saturating_sub(1) * mem_freq / (mem_freq + 1),
         (Some(_), _) => positions / 2,
@@ -290,9 +293,10 @@ fn with_landmarks(
 mod tests {
     use super::*;
     use candle_core::DType;
+    use landmark_models::gpt::{Gpt, GptConfig, Variant};
 
     /// A model of bytes.
-    fn model(variant: Variant, landmarks: Placement) -> Gpt {
+    fn model(variant: Variant, landmarks: Placement) -> Model {
         let config = GptConfig {
             model: variant,
             vocab_size: 258,
@@ -305,7 +309,7 @@ mod tests {
             landmarks,
             ..GptConfig::default()
         };
-        Gpt::init(&config, 1, DType::F32, &Device::Cpu).unwrap().detached()
+        Model::Gpt(Gpt::init(&config, 1, DType::F32, &Device::Cpu).unwrap().detached())
     }
 
     /// A text with an end of a sentence or of a document every few bytes.
@@ -318,7 +322,7 @@ mod tests {
         (0..length).map(byte).collect()
     }
 
-    fn read(model: &Gpt, flags: &CacheFlags, tokens: &[u32], chunk: usize) -> Tensor {
+    fn read(model: &Model, flags: &CacheFlags, tokens: &[u32], chunk: usize) -> Tensor {
         let (mut memory, _) = Memory::new(flags, model, Some(&Tokenizer::bytes()), 1).unwrap();
         let hidden: Vec<Tensor> = tokens.chunks(chunk).map(|part| memory.forward(model, &[part]).unwrap()).collect();
         Tensor::cat(&hidden, 1).unwrap()
@@ -338,15 +342,15 @@ mod tests {
             ] {
                 let model = model(variant, landmarks);
                 // The plain model on the text as training has it, as long as there are no more blocks than can be read.
-                let mut placer = placer(model.config(), Some(&Tokenizer::bytes()), Some(5)).unwrap();
+                let mut placer = placer(model.outline().placement, Some(&Tokenizer::bytes()), Some(5)).unwrap();
                 let (mut tokens, mut follows) = (text(26, 0), follows(&mut placer, &text(26, 0)));
                 let seventh = follows.iter().enumerate().filter(|(_, follows)| **follows).nth(6);
                 let length = seventh.map_or(26, |(place, _)| place);
                 tokens.truncate(length);
                 follows.truncate(length);
                 let (ids, places) = with_landmarks(&[&tokens], &follows, 257, &Device::Cpu).unwrap();
-                let mut attention = WindowAttention::new(model.config(), &ids, None).unwrap();
-                let whole = model.hidden(&ids, &mut attention, None).unwrap().index_select(&places, 1).unwrap();
+                let mut attention = model.window_attention(&ids).unwrap();
+                let whole = model.hidden(&ids, &mut attention).unwrap().index_select(&places, 1).unwrap();
                 for kind in kinds {
                     // Blocks for the whole text, none is left out: more would not leave room for a chunk.
                     let cache_topk = (kind == LmCache::Mem).then_some(6);
@@ -361,6 +365,38 @@ mod tests {
         }
     }
 
+    /// The same of the LLaMA family, whose queries share keys, with stretched positions; farther texts are read on.
+    #[test]
+    fn a_llama_reads_through_the_cache() {
+        use landmark_models::llama::{Llama, LlamaConfig};
+        for scaling in [r#"{"rope_type": "linear", "factor": 2.0}"#, r#"{"rope_type": "yarn", "factor": 4.0}"#] {
+            let json = format!(
+                r#"{{"model_type": "llama_with_landmark", "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48,
+                "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "rope_scaling": {scaling},
+                "mem_id": 257, "mem_freq": 5, "train_context_length": 48}}"#
+            );
+            let config = LlamaConfig::from_json(&json).unwrap();
+            let model = Llama::init(&config, 1, DType::F32, &Device::Cpu).unwrap();
+            for var in model.parameters().values().filter(|var| var.rank() == 2) {
+                var.set(&(var.as_tensor() * 10.).unwrap()).unwrap();
+            }
+            let model = Model::Llama(model.freeze().unwrap());
+            let tokens = text(300, 3);
+            let follows: Vec<bool> = (1..=34).map(|i| i % 5 == 0).collect();
+            let (ids, places) = with_landmarks(&[&tokens[..34]], &follows, 257, &Device::Cpu).unwrap();
+            let mut attention = model.window_attention(&ids).unwrap();
+            let whole = model.hidden(&ids, &mut attention).unwrap().index_select(&places, 1).unwrap();
+            let flags = CacheFlags { cache_topk: Some(6), ..Default::default() };
+            for chunk in [1, 3, 6] {
+                let off = off(&read(&model, &flags, &tokens[..34], chunk), &whole);
+                assert!(off < 1e-4, "{scaling} in chunks of {chunk}: off by {off}");
+            }
+            let all = read(&model, &flags, &tokens, 5);
+            assert_eq!(all.dims(), [1, 300, 32]);
+            assert!(off(&all.narrow(1, 0, 34).unwrap(), &whole) < 1e-4);
+        }
+    }
+
     #[test]
     fn a_window_moves_on() {
         for (landmarks, from) in [(Placement::Regular, 160), (Placement::Sentence, 0)] {
@@ -370,14 +406,14 @@ mod tests {
             let hidden = read(&model, &flags, &tokens, 20);
             assert_eq!(hidden.dims(), [1, 200, 32]);
             // The last token's window: of the last tokens as many as fit with the landmarks among them.
-            let mut placer = placer(model.config(), Some(&Tokenizer::bytes()), Some(5)).unwrap();
+            let mut placer = placer(model.outline().placement, Some(&Tokenizer::bytes()), Some(5)).unwrap();
             let follows = follows(&mut placer, &tokens);
             let positions = |from: usize| 200 - from + follows[from..].iter().filter(|&&follows| follows).count();
             let first = (0..200).find(|&first| positions(first) <= 48).unwrap();
             assert!(first == from || landmarks == Placement::Sentence, "{first}");
             let (ids, places) = with_landmarks(&[&tokens[first..]], &follows[first..], 257, &Device::Cpu).unwrap();
-            let mut attention = WindowAttention::new(model.config(), &ids, None).unwrap();
-            let expected = model.hidden(&ids, &mut attention, None).unwrap().index_select(&places, 1).unwrap();
+            let mut attention = model.window_attention(&ids).unwrap();
+            let expected = model.hidden(&ids, &mut attention).unwrap().index_select(&places, 1).unwrap();
             let last = |x: &Tensor| x.narrow(1, x.dims()[1] - 1, 1).unwrap().flatten_all().unwrap();
             assert!(off(&last(&hidden), &last(&expected)) < 1e-5);
         }

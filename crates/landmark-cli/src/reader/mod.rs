@@ -8,10 +8,11 @@ use crate::sampling::Sampler;
 use anyhow::{Context, bail};
 use candle_core::{DType, Device, Tensor};
 pub use flags::{CacheFlags, DeviceFlags, Dtype, LmCache, ModelFlags, SelectionMethod};
-use landmark_data::{TOKENIZER_FILE, Tokenizer};
+use landmark_data::{Pretrained, TOKENIZER_FILE, Tokenizer};
 use landmark_memory::{BlockRead, LandmarkCache};
-use landmark_models::IGNORE;
 use landmark_models::gpt::Gpt;
+use landmark_models::llama::{Gguf, Llama};
+use landmark_models::{IGNORE, Model, hub};
 use landmark_train::checkpoint::EXPERIMENT;
 pub use memory::{Memory, fitting};
 pub use setting::{Reading, Setting};
@@ -19,8 +20,12 @@ use std::path::{Path, PathBuf};
 
 /// A model, its tokenizer, and what it remembers of the text that it has read.
 pub struct Reader {
-    model: Gpt,
+    model: Model,
     tokenizer: Tokenizer,
+    /// The tokens that begin a text.
+    begin: Vec<u32>,
+    /// Those that end one.
+    end: Vec<u32>,
     memory: Memory,
     chunk: usize,
     /// The last hidden state `[1, 1, C]`: of it comes the next token.
@@ -32,19 +37,32 @@ impl Reader {
     /// Opens the model that the flags name.
     pub fn open(model: &ModelFlags, cache: &CacheFlags) -> anyhow::Result<Self> {
         let folder = checkpoint(&model.checkpoint)?;
-        Self::new(load(&folder, model.device)?, tokenizer(&folder, model.tokenizer.as_deref())?, cache)
+        let pretrained = pretrained(&folder, model.tokenizer.as_deref())?;
+        Self::of_pretrained(load(&folder, model.device)?, &pretrained, cache)
+    }
+
+    /// Reads with a model at hand, by the conventions of its tokenizer.
+    pub fn of_pretrained(model: Model, pretrained: &Pretrained, cache: &CacheFlags) -> anyhow::Result<Self> {
+        let reader = Self::new(model, pretrained.tokenizer.clone(), cache)?;
+        Ok(Self { begin: pretrained.begin.clone(), end: pretrained.end.clone(), ..reader })
     }
 
     /// Reads with a model at hand.
-    pub fn new(model: Gpt, tokenizer: Tokenizer, cache: &CacheFlags) -> anyhow::Result<Self> {
-        check_vocabulary(&model, &tokenizer)?;
+    pub fn new(model: Model, tokenizer: Tokenizer, cache: &CacheFlags) -> anyhow::Result<Self> {
+        check_vocabulary(model.outline().vocab_size, &tokenizer)?;
         let (memory, chunk) = Memory::new(cache, &model, Some(&tokenizer), 1)?;
-        Ok(Self { model, tokenizer, memory, chunk, last: None, last_token: None })
+        let end = tokenizer.end_of_text().into_iter().collect();
+        Ok(Self { model, tokenizer, begin: Vec::new(), end, memory, chunk, last: None, last_token: None })
     }
 
     /// The tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
+    }
+
+    /// The tokens that begin a text, of models that were trained with some.
+    pub fn begin(&self) -> &[u32] {
+        &self.begin
     }
 
     /// Tokens that are read at once. To read a text in other portions changes a little what is retrieved.
@@ -128,7 +146,7 @@ impl Reader {
         Ok(losses)
     }
 
-    /// Goes on with the text by at most `max_tokens` tokens, up to the end of text (which is left out). `show` is given each token
+    /// Goes on with the text by at most `max_tokens` tokens, up to an end of text (which is left out). `show` is given each token
     /// when it is drawn and says whether to go on. Landmarks and ids that the tokenizer does not know are never drawn.
     pub fn generate(
         &mut self,
@@ -141,7 +159,7 @@ impl Reader {
             let Some(last) = &self.last else { bail!("there is no text to go on with") };
             let logits = self.model.logits(last)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
             let token = sampler.sample(&logits, &allowed)?;
-            if Some(token) == self.tokenizer.end_of_text() {
+            if self.end.contains(&token) {
                 return Ok(count);
             }
             // Read before it is shown: what it read itself counts too.
@@ -151,6 +169,12 @@ impl Reader {
             }
         }
         Ok(max_tokens)
+    }
+
+    /// Forgets the text.
+    pub fn clear(&mut self) {
+        self.memory.clear();
+        (self.last, self.last_token) = (None, None);
     }
 
     /// From here on, which blocks are read is noted.
@@ -173,9 +197,9 @@ impl Reader {
     }
 }
 
-/// Refuses a tokenizer that cannot be the model's.
-pub fn check_vocabulary(model: &Gpt, tokenizer: &Tokenizer) -> anyhow::Result<()> {
-    let (own, models) = (tokenizer.vocab_size(), model.config().vocab_size);
+/// Refuses a tokenizer that cannot be that of a model with a vocabulary of so many.
+pub fn check_vocabulary(models: usize, tokenizer: &Tokenizer) -> anyhow::Result<()> {
+    let own = tokenizer.vocab_size();
     if own > models {
         bail!("the tokenizer has {own} tokens and the model {models}: it is another model's");
     }
@@ -183,51 +207,83 @@ pub fn check_vocabulary(model: &Gpt, tokenizer: &Tokenizer) -> anyhow::Result<()
 }
 
 /// Whether a token may be drawn: landmarks and ids that the tokenizer does not know never are.
-pub fn drawable(model: &Gpt, tokenizer: &Tokenizer) -> impl Fn(u32) -> bool + use<> {
+pub fn drawable(model: &Model, tokenizer: &Tokenizer) -> impl Fn(u32) -> bool + use<> {
     let known = tokenizer.vocab_size();
-    let landmarks = [tokenizer.landmark_id(), Some(model.config().landmark_id)];
+    let landmarks = [tokenizer.landmark_id(), model.outline().landmark_id];
     move |id| (id as usize) < known && !landmarks.contains(&Some(id))
 }
 
-/// The model in a folder, for reading.
-pub fn load(folder: &Path, flags: DeviceFlags) -> anyhow::Result<Gpt> {
+/// The model in a folder or a file, for reading.
+pub fn load(path: &Path, flags: DeviceFlags) -> anyhow::Result<Model> {
     let device = flags.device.open()?;
-    let loaded = Gpt::load(folder, &device);
-    let model = loaded.with_context(|| format!("--checkpoint {}", folder.display()))?.detached();
     let activations = match flags.dtype {
         Some(Dtype::BFloat16) if device.is_cpu() => {
             bail!("--dtype bfloat16 is refused: on the CPU models compute in float32")
         }
-        None | Some(Dtype::Float32) if device.is_cpu() => model.dtype(),
-        Some(Dtype::Float32) => DType::F32,
-        None | Some(Dtype::BFloat16) => DType::BF16,
+        None | Some(Dtype::Float32) if device.is_cpu() => None,
+        Some(Dtype::Float32) => Some(DType::F32),
+        None | Some(Dtype::BFloat16) => Some(DType::BF16),
     };
+    let model = match (path.is_file(), is_llama(path)) {
+        (true, _) => Gguf::open(path).and_then(|gguf| gguf.load(&device)).map(Model::Llama),
+        // The weights are of the type that they meet.
+        (_, true) => Llama::load_frozen(path, activations.unwrap_or(DType::F32), &device).map(Model::Llama),
+        _ => Gpt::load(path, &device).map(|gpt| Model::Gpt(gpt.detached())),
+    };
+    let model = model.with_context(|| format!("--checkpoint {}", path.display()))?;
+    let activations = activations.unwrap_or(model.activations());
     Ok(model.with_activations(activations)?)
 }
 
-/// The folder of the model itself: an experiment's newest checkpoint if it is an experiment.
-pub fn checkpoint(folder: &Path) -> anyhow::Result<PathBuf> {
-    if !folder.is_dir() {
-        bail!("--checkpoint {}: no such folder; expected one that landmark train wrote", folder.display());
+/// Whether a folder has a model of the LLaMA family, or one that claims to be of Hugging Face's.
+fn is_llama(folder: &Path) -> bool {
+    let json = std::fs::read(folder.join("config.json")).unwrap_or_default();
+    serde_json::from_slice::<serde_json::Value>(&json).is_ok_and(|config| config.get("model_type").is_some())
+}
+
+/// Where the model itself is: an experiment's newest checkpoint if it is an experiment, a file if it is a GGUF, or the cache's folder of a
+/// model that is named.
+pub fn checkpoint(named: &Path) -> anyhow::Result<PathBuf> {
+    model_path("checkpoint", named)
+}
+
+/// The same of another flag's.
+pub fn model_path(flag: &str, named: &Path) -> anyhow::Result<PathBuf> {
+    let path = match named.to_str() {
+        Some(name) => hub::locate(name, None).with_context(|| format!("--{flag}"))?,
+        None => named.to_path_buf(),
+    };
+    if path.is_file() || path.join("config.json").exists() {
+        return Ok(path);
     }
-    if folder.join("config.json").exists() {
-        return Ok(folder.to_path_buf());
-    }
-    let newest = EXPERIMENT.iterations(folder)?.pop();
-    let newest = newest.map(|iteration| EXPERIMENT.path(folder, iteration));
+    let newest = EXPERIMENT.iterations(&path)?.pop();
+    let newest = newest.map(|iteration| EXPERIMENT.path(&path, iteration));
     newest.with_context(|| {
-        format!("--checkpoint {}: no model in it: neither a config.json nor a folder ckpt_N", folder.display())
+        format!("--{flag} {}: no model in it: neither a config.json nor a folder ckpt_N", path.display())
     })
 }
 
-/// The tokenizer of the model in a folder, or the given one.
-pub fn tokenizer(folder: &Path, given: Option<&str>) -> anyhow::Result<Tokenizer> {
-    let own = folder.join(TOKENIZER_FILE);
-    match given {
-        Some(name) => Tokenizer::named(name).context("--tokenizer"),
-        None if !own.exists() => {
-            bail!("--checkpoint {}: no {TOKENIZER_FILE} in it; name one with --tokenizer FILE", folder.display())
-        }
-        None => Ok(Tokenizer::from_file(own)?),
+/// The tokenizer of the model in a folder or a file, or the given one.
+pub fn tokenizer(path: &Path, given: Option<&str>) -> anyhow::Result<Tokenizer> {
+    Ok(pretrained(path, given)?.tokenizer)
+}
+
+/// The same with the conventions that it comes with.
+pub fn pretrained(path: &Path, given: Option<&str>) -> anyhow::Result<Pretrained> {
+    if let Some(name) = given {
+        let tokenizer = Tokenizer::named(name).context("--tokenizer")?;
+        return Ok(Pretrained::from_settings(tokenizer, serde_json::Map::new()));
     }
+    if path.is_file() {
+        let (json, settings) = Gguf::open(path).and_then(|gguf| gguf.tokenizer()).context("--checkpoint")?;
+        return Ok(Pretrained::from_settings(Tokenizer::from_json(json.as_bytes())?, settings));
+    }
+    if is_llama(path) {
+        return Ok(Pretrained::from_folder(path)?);
+    }
+    let own = path.join(TOKENIZER_FILE);
+    if !own.exists() {
+        bail!("--checkpoint {}: no {TOKENIZER_FILE} in it; name one with --tokenizer FILE", path.display())
+    }
+    Ok(Pretrained::from_settings(Tokenizer::from_file(own)?, serde_json::Map::new()))
 }

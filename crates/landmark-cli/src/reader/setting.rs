@@ -3,7 +3,7 @@
 use super::{CacheFlags, LmCache, Memory, SelectionMethod, fitting};
 use anyhow::bail;
 use landmark_data::Tokenizer;
-use landmark_models::gpt::{Gpt, SoftmaxFunc, Variant};
+use landmark_models::{Attention, Model};
 use serde::{Deserialize, Serialize};
 
 /// All that decides how a sequence is read, with no default left open.
@@ -46,11 +46,11 @@ impl Reading {
         use_cache: bool,
         eval_seq_length: Option<usize>,
         whole: Option<usize>,
-        model: &Gpt,
+        model: &Model,
         tokenizer: Option<&Tokenizer>,
     ) -> anyhow::Result<Self> {
-        let config = model.config();
-        let window = config.sequence_length;
+        let outline = model.outline();
+        let window = outline.window;
         if eval_seq_length == Some(0) {
             bail!("--eval_seq_length 0: expected at least 1");
         }
@@ -58,8 +58,8 @@ impl Reading {
         let kind = match (flags.lm_cache, use_cache) {
             (Some(kind), _) => kind,
             (None, false) => LmCache::None,
-            (None, true) if config.model == Variant::BaseRotary => LmCache::Kv,
-            (None, true) if config.softmax_func == SoftmaxFunc::MemOpt => LmCache::Mem,
+            (None, true) if outline.attention == Attention::Dense => LmCache::Kv,
+            (None, true) if outline.attention == Attention::Landmarks => LmCache::Mem,
             (None, true) => bail!("--use_cache is refused: the model's softmax_func ignores landmarks' blocks"),
         };
         flags.lm_cache = Some(kind);
@@ -67,7 +67,7 @@ impl Reading {
         if kind != LmCache::Mem && flags.cache_selection_method == Some(SelectionMethod::PerTokenAndHead) {
             flags.cache_selection_method = None;
         }
-        let fits = fitting(window, config);
+        let fits = fitting(window, &outline);
         let usual = if kind == LmCache::None { fits } else { 4 * window };
         let eval_seq_length = eval_seq_length.or(whole).unwrap_or(usual);
         if kind == LmCache::None && flags.mid_length.is_none() {
@@ -86,12 +86,12 @@ impl Reading {
         };
         match kind {
             LmCache::Mem => {
-                let mem_freq = flags.mem_cache_freq.or(config.mem_freq);
+                let mem_freq = flags.mem_cache_freq.or(outline.mem_freq);
                 setting.mem_cache_freq = mem_freq;
                 setting.cache_topk = mem_freq.map(|mem_freq| flags.top_k(window, mem_freq + 1));
                 let method = flags.cache_selection_method.unwrap_or(SelectionMethod::PerTokenAndHead);
                 setting.cache_selection_method = Some(method.name().into());
-                setting.rem_cutoff = flags.rem_cutoff.or(config.rem_cutoff);
+                setting.rem_cutoff = flags.rem_cutoff.or(outline.rem_cutoff);
             }
             LmCache::Kv => setting.mem_cache_size = Some(flags.mem_cache_size.unwrap_or(window / 2)),
             LmCache::None | LmCache::KvTrain => {}

@@ -78,8 +78,6 @@ impl Words {
     }
 }
 
-const PASS_KEY: &str = "pass key";
-
 /// What a fact is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Name {
@@ -114,14 +112,9 @@ impl Fact {
         facts
     }
 
-    /// Whether it has the name that facts of most exercises have.
-    pub(super) fn is_the_pass_key(&self) -> bool {
-        self.name == Name::Thing(PASS_KEY.into())
-    }
-
     fn name(words: &Words, draw: &mut Draw) -> Name {
         match draw.fraction() {
-            ..0.5 => Name::Thing(PASS_KEY.into()),
+            ..0.5 => Name::Thing("pass key".into()),
             ..0.7 => Name::Possession(draw.of(&PERSONS), draw.of(&POSSESSIONS)),
             ..0.9 => Name::Thing(format!("{} {}", words.draw(draw), draw.of(&NOUNS))),
             _ => Name::Thing(format!("{} {}", words.draw(draw), words.draw(draw))),

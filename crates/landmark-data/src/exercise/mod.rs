@@ -13,8 +13,6 @@
 //! - *asked again*: a fact is asked for two to five times, or each of several once, the first time nearly at once, then ever farther
 //!   away. A single far question teaches nothing until copying a near one is learnt;
 //! - *several facts*, often of one kind, so that only the name tells which is asked for;
-//! - *decoys*, facts in other rows that nobody asks for: where those rows lend the keys of their landmarks, a query must tell the fact
-//!   that it is asked for from them;
 //! - filler that repeats itself, which is what attention could be led astray by; a description of the task in front.
 //!
 //! Digits that are told for the first time cannot be guessed: they have no loss. Those of an answer, and what ends it, weigh more.
@@ -46,14 +44,11 @@ pub struct ExerciseOptions {
     pub several_facts: f64,
     /// The share of exercises that ask two to five times, first near, then ever farther away.
     pub asked_again: f64,
-    /// Rows, the last ones of a batch, that tell facts which nobody asks for, none of them *the pass key*.
-    #[serde(default)]
-    pub decoy_rows: usize,
 }
 
 impl Default for ExerciseOptions {
     fn default() -> Self {
-        Self { exercise_rows: 0.5, answer_weight: 5., several_facts: 0.4, asked_again: 0.5, decoy_rows: 0 }
+        Self { exercise_rows: 0.5, answer_weight: 5., several_facts: 0.4, asked_again: 0.5 }
     }
 }
 
@@ -70,9 +65,6 @@ impl ExerciseOptions {
         }
         if self.rows(batch_size) == 0 {
             return wrong("exercise_rows", self.exercise_rows, "a share that is at least half a row of a batch");
-        }
-        if self.decoy_rows > batch_size - self.rows(batch_size) {
-            return wrong("decoy_rows", self.decoy_rows as f64, "at most the rows that are no exercises");
         }
         if !(self.answer_weight > 0. && self.answer_weight.is_finite()) {
             return wrong("answer_weight", self.answer_weight, "a number above 0");
@@ -121,34 +113,25 @@ impl Exercises {
     /// Batch number `index` of the run with this `seed`: a pure function of the two. The first [`Batch::exercises`] rows are exercises.
     pub fn batch(&self, seed: u64, index: u64) -> Result<Batch> {
         let planted = self.options.rows(self.plain.batch_size());
-        let plain = self.plain.batch_size() - planted - self.options.decoy_rows;
-        let draw = |row: usize| {
-            let mut draw = Self::draw(seed, index, row as u64);
-            if row < planted { row::Row::draw(self, &mut draw) } else { row::Row::decoy(self, &mut draw) }
-        };
-        let drawn = (0..planted).chain(planted + plain..self.plain.batch_size()).collect::<Vec<_>>();
-        let rows: Vec<row::Row> = drawn.into_par_iter().map(draw).collect::<Result<_>>()?;
-        let (exercises, decoys) = rows.split_at(planted);
+        let rows: Vec<row::Row> =
+            (0..planted as u64).into_par_iter().map(|row| self.row(seed, index, row)).collect::<Result<_>>()?;
         let mut batch = self.plain.empty();
         batch.weights = Some(Vec::with_capacity(self.plain.batch_size() * batch.sequence_length));
-        let lay = |rows: &[row::Row], batch: &mut Batch| {
-            rows.iter().for_each(|row| self.blocks.lay(&row.ids, Some(&row.weights), batch));
-        };
-        lay(exercises, &mut batch);
+        for row in &rows {
+            self.blocks.lay(&row.ids, Some(&row.weights), &mut batch);
+        }
         batch.exercises = planted;
-        self.plain.fill(&mut batch, plain, seed, index);
-        lay(decoys, &mut batch);
+        self.plain.fill(&mut batch, seed, index);
         Ok(batch)
     }
 
-    /// The choices of a row.
-    fn draw(seed: u64, index: u64, row: u64) -> Draw {
+    fn row(&self, seed: u64, index: u64, row: u64) -> Result<row::Row> {
         let mut key = *b"landmark-exercise               ";
         key[17..24].copy_from_slice(&row.to_le_bytes()[..7]);
         key[24..].copy_from_slice(&seed.to_le_bytes());
         let mut rng = ChaCha8Rng::from_seed(key);
         rng.set_stream(index);
-        Draw(rng)
+        row::Row::draw(self, &mut Draw(rng))
     }
 }
 

@@ -49,29 +49,6 @@ impl Row {
         }
         unreachable!("the window was checked against the longest exercise")
     }
-
-    /// Facts that nobody asks for. The pass key has the same name in all rows: it cannot be told from one that is asked for.
-    pub(super) fn decoy(exercises: &Exercises, draw: &mut Draw) -> Result<Self> {
-        let tokens = exercises.blocks.tokens() + 1;
-        loop {
-            let mut facts = Fact::several(1 + draw.below(MOST), &exercises.words, draw);
-            facts.retain(|fact| !fact.is_the_pass_key());
-            let statements = facts.iter().map(|fact| statement(exercises, draw, fact)).collect::<Result<Vec<_>>>()?;
-            let told: usize = statements.iter().map(|statement| statement.ids.len()).sum();
-            if facts.is_empty() || told > tokens {
-                continue;
-            }
-            let filler = filler(exercises, draw, tokens - told);
-            let (mut row, mut done) = (Self::new(), 0);
-            for (statement, cut) in statements.iter().zip(draw.cuts(facts.len(), filler.len())) {
-                row.push(&filler[done..cut], 1.);
-                row.append(statement);
-                done = cut;
-            }
-            row.push(&filler[done..], 1.);
-            return Ok(row);
-        }
-    }
 }
 
 /// What is planted.

@@ -116,24 +116,6 @@ fn facts_are_told_before_they_are_asked_for_and_answers_weigh_more() {
 }
 
 #[test]
-fn decoys_tell_facts_that_nobody_asks_for() {
-    let options = ExerciseOptions { exercise_rows: 0.25, decoy_rows: 3, ..ExerciseOptions::default() };
-    let (with, without) = (exercises(8, options), exercises(8, ExerciseOptions { decoy_rows: 0, ..options }));
-    for index in 0..50 {
-        let (with, without) = (rows(&with.batch(3, index).unwrap()), rows(&without.batch(3, index).unwrap()));
-        assert_eq!((with.len(), &with[..5]), (8, &without[..5]));
-        for row in &with[5..] {
-            let text: String = row.iter().map(|&(input, ..)| input as char).collect();
-            // The corpus has no digits. What is told for the first time has no loss, all else weighs 1.
-            assert!(text.contains(|c: char| c.is_ascii_digit()) && !text.to_lowercase().contains("the pass key is"));
-            assert!(row.iter().all(|&(_, target, weight)| weight == target.map_or(0., |_| 1.)), "{text}");
-            let told = row.windows(2).any(|two| two[0].1.is_none() && two[1].0.is_ascii_digit());
-            assert!(told, "{text}");
-        }
-    }
-}
-
-#[test]
 fn a_batch_is_a_function_of_seed_and_number_whatever_the_threads() {
     let exercises = exercises(6, ExerciseOptions::default());
     let batch = |seed, index| exercises.batch(seed, index).unwrap();
@@ -205,7 +187,6 @@ fn settings_that_cannot_be_are_errors() {
         ("answer_weight", ExerciseOptions { answer_weight: f64::NAN, ..default }),
         ("several_facts", ExerciseOptions { several_facts: -1., ..default }),
         ("asked_again", ExerciseOptions { asked_again: 2., ..default }),
-        ("decoy_rows", ExerciseOptions { exercise_rows: 0.5, decoy_rows: 5, ..default }),
     ] {
         let error = Exercises::new(plain(4, WINDOW), Tokenizer::bytes(), options).unwrap_err();
         assert!(matches!(error, Error::Param { name: found, .. } if found == name), "{error}");

@@ -227,7 +227,8 @@ impl Gguf {
         let of = |scaling| LlamaConfig { rope_scaling: scaling, ..config.clone() }.rope(1).frequencies().to_vec();
         for ((usual, scaled), factor) in of(RopeScaling::Default).into_iter().zip(of(scaling)).zip(&factors) {
             let expected = usual / scaled;
-            if !((f64::from(*factor) / expected - 1.).abs() < 1e-3) {
+            let off = (f64::from(*factor) / expected - 1.).abs();
+            if off.is_nan() || off > 1e-3 {
                 return wrong(format!("{factor} in the place of {expected}"));
             }
         }

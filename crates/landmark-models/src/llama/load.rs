@@ -179,8 +179,11 @@ fn read(
     Ok(tensors)
 }
 
-/// The files of a folder's weights.
-fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
+/// The files of the weights in a Hugging Face folder: one, or those that its index names.
+///
+/// # Errors
+/// There are none, or the index is not one.
+pub fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
     let (single, index) = (dir.join(WEIGHTS), dir.join(INDEX));
     if single.exists() {
         return Ok(vec![single]);

@@ -14,6 +14,7 @@ mod rope;
 
 pub use config::{Architecture, LandmarkConfig, LlamaConfig};
 pub use gguf::Gguf;
+pub use load::weight_files;
 pub use lora::{LORA_MODULES, LoraConfig};
 pub use matrix::Matrix;
 pub use model::Llama;

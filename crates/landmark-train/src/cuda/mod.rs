@@ -1,10 +1,14 @@
 //! The optimizer's step on an NVIDIA GPU: AdamW over all parameters in one launch, in f32.
 
+mod numbers;
+
 use std::ffi::{CStr, c_char, c_int, c_void};
 
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
 use candle_core::cuda_backend::{CudaDevice, CudaStorageSlice, WrapErr};
 use candle_core::{DType, Result, Storage, Tensor, Var, bail};
+
+pub(crate) use numbers::Numbers;
 
 /// Elements that one block of threads takes, as in `optimizer.cu`.
 const PIECE: usize = 16_384;

@@ -98,8 +98,8 @@ pub fn run(name: GridName, args: &Args) -> anyhow::Result<ExitCode> {
         let model = given.as_deref().map(|named| Model::open(named, args)).transpose().context(flag)?;
         let hash = model.as_ref().map(|model| kept::hash_of_model(&model.folder)).transpose()?;
         if let (Method::Landmark, Some(model)) = (method, &model) {
-            let config = model.gpt.config();
-            table.landmark = Some((config.n_head, config.mem_freq.unwrap_or(0)));
+            let outline = model.weights.outline();
+            table.landmark = Some((outline.heads, outline.mem_freq.unwrap_or(0)));
         }
         for (row, found) in table.rows.iter_mut().filter(|(row, _)| row.method == method) {
             for (text, cell) in texts.iter().zip(found) {
@@ -160,13 +160,13 @@ fn compute(
 ) -> anyhow::Result<Cell> {
     // What a model or a text cannot do is a finding; what goes wrong later is an error.
     let resolve = || -> anyhow::Result<_> {
-        text.check_model(&model.gpt, model.tokenizer.as_ref())?;
+        text.check_model(&model.weights, model.tokenizer.as_ref())?;
         let reading = Reading::resolve(
             &row.flags(),
             false,
             Some(row.eval_seq_length),
             None,
-            &model.gpt,
+            &model.weights,
             model.tokenizer.as_ref(),
         )?;
         // Rows of all lengths are to be compared: their samples are of the same text.

@@ -4,8 +4,7 @@ use super::text::Sequences;
 use crate::reader::{Memory, Reading, Setting};
 use candle_core::{Device, Tensor};
 use landmark_memory::LandmarkCache;
-use landmark_models::IGNORE;
-use landmark_models::gpt::{Gpt, Variant};
+use landmark_models::{Attention, IGNORE, Model};
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
@@ -87,7 +86,7 @@ impl Sum {
 /// Evaluates, `batch_size` sequences at a time. `progress` is told how many tokens are read and says whether to go on; `None` if it does
 /// not.
 pub fn evaluate(
-    model: &Gpt,
+    model: &Model,
     reading: &Reading,
     sequences: &Sequences,
     batch_size: usize,
@@ -103,8 +102,9 @@ pub fn evaluate(
     let mut pace = Pace::new(sequences.len() * length);
     let mut retrieved = Retrieved::default();
     let mut memory: Option<(Memory, usize)> = None;
-    let has_miss_token = model.config().model == Variant::LandmarkWithCmt;
-    let landmark = (model.config().model != Variant::BaseRotary).then_some(model.config().landmark_id);
+    let outline = model.outline();
+    let has_miss_token = outline.has_miss_token;
+    let landmark = outline.landmark_id.filter(|_| outline.attention != Attention::Dense);
     for first in (0..sequences.len()).step_by(batch_size) {
         let rows: Vec<Vec<u32>> =
             (first..sequences.len().min(first + batch_size)).map(|i| sequences.read(i)).collect::<Result<_, _>>()?;

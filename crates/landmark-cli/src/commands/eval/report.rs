@@ -33,11 +33,10 @@ pub struct Report {
 impl Report {
     /// Says what was measured of what.
     pub fn new(model: &Model, text: &Text, measured: Measured) -> Self {
-        let kind = serde_json::to_value(model.gpt.config().model);
         Self {
             checkpoint: model.folder.display().to_string(),
-            model: kind.ok().and_then(|kind| Some(kind.as_str()?.to_string())).unwrap_or_default(),
-            parameters: model.gpt.parameters().values().map(|var| var.elem_count()).sum(),
+            model: model.weights.kind(),
+            parameters: model.weights.parameters(),
             dataset: text.name.clone(),
             split: text.split.map(|split| split.name().into()),
             peak_bytes: peak_memory(),

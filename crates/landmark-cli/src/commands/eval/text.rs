@@ -5,7 +5,7 @@ use crate::kept;
 use crate::text_pieces::TextPieces;
 use anyhow::{Context, bail};
 use landmark_data::{DataFolder, Tokenizer, Tokens};
-use landmark_models::gpt::Gpt;
+use landmark_models::Model;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use std::path::{Component, Path};
@@ -77,7 +77,7 @@ impl Text {
     }
 
     /// Refuses tokens that are not of the model's vocabulary.
-    pub fn check_model(&self, model: &Gpt, tokenizer: Option<&Tokenizer>) -> anyhow::Result<()> {
+    pub fn check_model(&self, model: &Model, tokenizer: Option<&Tokenizer>) -> anyhow::Result<()> {
         if let (Some(ours), Some(models)) = (&self.tokenizer, tokenizer)
             && ours.fingerprint() != models.fingerprint()
         {
@@ -88,7 +88,7 @@ impl Text {
                 models.fingerprint()
             );
         }
-        let vocab_size = model.config().vocab_size;
+        let vocab_size = model.outline().vocab_size;
         if let Some(own) = self.tokenizer.as_ref().map(Tokenizer::vocab_size).filter(|&own| own > vocab_size) {
             bail!("{}: its tokenizer has {own} tokens and the model {vocab_size}: it is another model's", self.name);
         }

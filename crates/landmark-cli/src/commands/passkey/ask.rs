@@ -4,7 +4,7 @@ use crate::reader::{Memory, drawable};
 use crate::sampling::Sampler;
 use candle_core::{DType, Tensor};
 use landmark_data::Tokenizer;
-use landmark_models::gpt::Gpt;
+use landmark_models::Model;
 use std::time::{Duration, Instant};
 
 /// Tokens of an answer: a number of five digits, with a space, in tokens as short as bytes, and what shows that it has ended.
@@ -13,7 +13,7 @@ pub const ANSWER: usize = 8;
 /// The answers to prompts, which are read `chunk` tokens at a time, and how long they were read. `progress` is told how many tokens
 /// are read and says whether to go on; nothing comes back if it does not.
 pub fn answers(
-    model: &Gpt,
+    model: &Model,
     tokenizer: &Tokenizer,
     memory: &mut Memory,
     chunk: usize,
@@ -63,7 +63,7 @@ pub fn answers(
 }
 
 /// The logits of each row's last token.
-fn logits(model: &Gpt, last: Option<&Tensor>) -> anyhow::Result<Vec<Vec<f32>>> {
+fn logits(model: &Model, last: Option<&Tensor>) -> anyhow::Result<Vec<Vec<f32>>> {
     let Some(last) = last else { return Ok(Vec::new()) };
     Ok(model.logits(last)?.squeeze(1)?.to_dtype(DType::F32)?.to_vec2()?)
 }

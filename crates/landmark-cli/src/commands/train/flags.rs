@@ -259,6 +259,9 @@ pub struct Flags {
     /// The kind of model
     #[arg(long, value_enum, default_value_t = Model::BaseRotary, help_heading = "Model")]
     pub model: Model,
+    /// Begin with the weights of this model: a checkpoint, or what landmark export wrote
+    #[arg(long, value_name = "DIR", help_heading = "Model")]
+    pub init_from: Option<PathBuf>,
     /// The share of activations that dropout sets to zero
     #[arg(long, value_name = "N", default_value_t = 0., help_heading = "Model")]
     pub dropout: f64,
@@ -321,9 +324,6 @@ pub struct Flags {
     /// The share of exercises that ask two to five times, for each of several facts once, first near, then ever farther away
     #[arg(long, value_name = "SHARE", default_value_t = ExerciseOptions::default().asked_again, help_heading = RETRIEVAL)]
     pub asked_again: f64,
-    /// Rows, the last ones of a batch, with facts that nobody asks for; they are to be among those of --negative_rows
-    #[arg(long, value_name = "N", default_value_t = 0, help_heading = RETRIEVAL)]
-    pub decoy_rows: usize,
     /// Rows of plain text whose landmarks queries of other rows see as well, without values: they learn to tell thousands of blocks apart
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = RETRIEVAL)]
     pub negative_rows: usize,

@@ -59,8 +59,6 @@ pub fn check(flags: &Flags) -> anyhow::Result<()> {
         ("answer_weight", no_exercises && flags.answer_weight != default.answer_weight, EXERCISES),
         ("several_facts", no_exercises && flags.several_facts != default.several_facts, EXERCISES),
         ("asked_again", no_exercises && flags.asked_again != default.asked_again, EXERCISES),
-        ("decoy_rows", no_exercises && flags.decoy_rows != 0, EXERCISES),
-        ("decoy_rows", flags.decoy_rows > flags.negative_rows, "decoys are of use in rows of --negative_rows alone"),
         ("negative_share", flags.negative_rows == 0 && flags.negative_share != 0.5, NEGATIVES),
         ("negative_top_k", flags.negative_rows == 0 && flags.negative_top_k != 4, NEGATIVES),
         ("use_cache", *use_cache, INFERENCE),

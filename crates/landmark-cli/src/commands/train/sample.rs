@@ -6,6 +6,7 @@ use crate::sampling::Sampler;
 use anyhow::{Context, bail};
 use candle_core::{DType, Device};
 use landmark_data::Tokenizer;
+use landmark_models::Model;
 use landmark_models::gpt::{Gpt, GptConfig};
 use landmark_train::Data;
 
@@ -53,7 +54,7 @@ impl Writer {
     }
 
     fn reader(&self, model: &Gpt) -> anyhow::Result<Reader> {
-        Reader::new(model.detached(), self.tokenizer.clone(), &CacheFlags::default())
+        Reader::new(Model::Gpt(model.detached()), self.tokenizer.clone(), &CacheFlags::default())
     }
 
     /// How the model goes on with the prompt after an iteration: the same model gives the same text.

@@ -28,15 +28,7 @@ template <typename W> __global__ void merge_heads(const W *part0, const W *part1
 
 // ---- activations ------------------------------------------------------------------------------------------------------------
 
-// The normal distribution, e to the minus half x^2 at hand: erfc(z) = t (a1 + a2 t + ... a5 t^4) e^(-z^2) for t = 1 / (1 + p z) and z >= 0, off
-// by 1.5e-7 at most (Abramowitz and Stegun, 7.1.26): some units in the last place of f32, for half of erff's instructions.
-__device__ __forceinline__ float cdf(float x, float e) {
-    const float t = __fdividef(1.f, 1.f + 0.3275911f * 0.70710678118654752f * fabsf(x));
-    const float poly = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-    const float upper = 0.5f * poly * e;
-    return x < 0.f ? upper : 1.f - upper;
-}
-__device__ __forceinline__ float bell(float x) { return __expf(-0.5f * x * x); }
+__device__ __forceinline__ float cdf(float x) { return 0.5f * (1.f + erff(x * 0.70710678118654752f)); }
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
 
 template <typename T, int A> __global__ void gelu_forward(const T *x, T *y, int64_t packs) {
@@ -45,7 +37,7 @@ template <typename T, int A> __global__ void gelu_forward(const T *x, T *y, int6
     float v[A];
     load<A>(v, x + i * A);
 #pragma unroll
-    for (int j = 0; j < A; j++) v[j] *= cdf(v[j], bell(v[j]));
+    for (int j = 0; j < A; j++) v[j] *= cdf(v[j]);
     store<A>(y + i * A, v);
 }
 
@@ -55,10 +47,7 @@ template <typename T, int A> __global__ void gelu_backward(const T *x, const T *
     float v[A], g[A];
     load<A>(v, x + i * A), load<A>(g, dy + i * A);
 #pragma unroll
-    for (int j = 0; j < A; j++) {
-        const float e = bell(v[j]);
-        g[j] *= cdf(v[j], e) + v[j] * 0.39894228040143268f * e;
-    }
+    for (int j = 0; j < A; j++) g[j] *= cdf(v[j]) + v[j] * 0.39894228040143268f * __expf(-0.5f * v[j] * v[j]);
     store<A>(dx + i * A, g);
 }
 

@@ -14,8 +14,8 @@ use crate::ops::{IGNORE, TokenScore};
 
 const OP: &str = "cross_entropy";
 
-/// Logits in memory at once: 512 MiB of bf16.
-const CHUNK: usize = 1 << 28;
+/// Bytes of logits in memory at once.
+const CHUNK: usize = 1 << 30;
 
 /// See [`crate::ops::cross_entropy`]. Its gradient can be taken once.
 pub fn cross_entropy(x: &Tensor, w: &Tensor, targets: &Tensor, weights: Option<&Tensor>) -> Result<Tensor> {
@@ -87,13 +87,13 @@ impl Chunks {
             true => Some((Fresh::new(device, x.shape(), x.dtype())?, Fresh::new(device, (vocab, width), DType::F32)?)),
             false => None,
         };
-        let step = (CHUNK / vocab).clamp(1, n).next_multiple_of(128).min(n);
+        let size = x.dtype().size_in_bytes();
+        let step = (CHUNK / (vocab * size)).clamp(1, n).next_multiple_of(128).min(n);
         let logits = Fresh::new(device, (step, vocab), x.dtype())?;
         let weight = in_type(w, x.dtype())?;
         let w_vc = Matrix::new(address(OP, "w", &weight)?, dtype, vocab, width);
         let (x_at, targets_at, shares_at) =
             (address(OP, "x", x)?, address(OP, "targets", &targets)?, address(OP, "shares", &shares)?);
-        let size = x.dtype().size_in_bytes();
         for from in (0..n).step_by(step) {
             let rows = step.min(n - from);
             let row_bytes = (from * width * size) as u64;

@@ -39,7 +39,8 @@ pub(super) fn choose(
     {
         return Ok(());
     }
-    let trial = Trial::new(plan, key, on, device)?;
+    // A GPU without the memory for a trial keeps the first.
+    let Ok(trial) = Trial::new(plan, key, on, device) else { return Ok(()) };
     let first = plan.algorithm;
     trial.run(&first, trial.expected.address)?;
     let (mut best, mut best_time) = (first, trial.time(&first)? * GAIN);
