@@ -83,6 +83,9 @@ pub fn is_finished(folder: &Path) -> bool {
     folder.join(SUMMARY).is_file()
 }
 
+/// The folder that was taken, and the checkpoint to go on from.
+type Started<C> = (Experiment, Option<Found<State<C>>>);
+
 /// Takes the folder, and finds the checkpoint to go on from. `None`: the run was finished before. `note` is told what a user
 /// may want to know.
 pub(crate) fn start<C: Recipe>(
@@ -92,7 +95,7 @@ pub(crate) fn start<C: Recipe>(
     resume: Resume,
     wandb: Option<&Wandb>,
     note: &mut dyn FnMut(String),
-) -> Result<Option<(Experiment, Option<Found<State<C>>>)>> {
+) -> Result<Option<Started<C>>> {
     fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
     let lock = lock(folder)?;
     if is_finished(folder) {

@@ -173,7 +173,6 @@ fn settings(
             answer_weight: flags.answer_weight,
             several_facts: flags.several_facts,
             asked_again: flags.asked_again,
-            ..ExerciseOptions::default()
         }),
         negatives: None,
         batch_size: flags.per_device_train_batch_size,
