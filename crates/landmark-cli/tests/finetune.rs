@@ -214,6 +214,34 @@ fn what_cannot_work_is_refused_by_name() {
     assert!(String::from_utf8(output.stderr).unwrap().contains("WORLD_SIZE=8: one process"));
 }
 
+/// A tuned model and back, to a rounding; and a damaged difference is told by the sum.
+#[test]
+fn weight_diffs_are_made_and_recovered() {
+    let folder = prepared();
+    let folder = folder.path();
+    assert_eq!(finetune(folder, "--max_steps 3").0, Some(0));
+    succeed(folder, "weight_diff make --path_raw base --path_tuned out --path_diff diff");
+    let recover = "weight_diff recover --path_raw base --path_diff diff --path_tuned again";
+    let (said, _) = succeed(folder, recover);
+    assert!(said.contains("as they should"), "{said}");
+    let load = |name: &str| Llama::load(folder.join(name), DType::F32, &Device::Cpu).unwrap();
+    let (out, again, diff) = (load("out"), load("again"), load("diff"));
+    assert_eq!(out.config().landmarks, again.config().landmarks);
+    let mut changed = 0;
+    for (((name, a), (_, b)), (_, d)) in out.weights().zip(again.weights()).zip(diff.weights()) {
+        let most = |x: &Tensor| x.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        let off = most(&(a.dense().unwrap() - b.dense().unwrap()).unwrap());
+        assert!(off < 1e-6, "{name}: {off}");
+        changed += usize::from(most(&d.dense().unwrap()) > 1e-4);
+    }
+    assert!(changed > 15, "{changed}");
+    assert_eq!(Pretrained::from_folder(folder.join("again")).unwrap().tokenizer.landmark_id(), Some(257));
+    fs::write(folder.join("diff/checksum_psum.txt"), "12.5").unwrap();
+    assert!(support::error(folder, recover).contains("expected 12.5"));
+    let error = support::error(folder, "weight_diff make --path_raw base --path_tuned base --path_diff diff");
+    assert!(error.contains("landmarks"), "{error}");
+}
+
 /// Exercises need longer rows than plain text.
 #[test]
 fn exercises_are_planted() {

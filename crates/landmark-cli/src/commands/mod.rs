@@ -13,6 +13,7 @@ pub mod passkey;
 pub mod plot;
 pub mod prepare;
 pub mod train;
+pub mod weight_diff;
 
 use clap::Subcommand;
 use std::process::ExitCode;
@@ -44,6 +45,9 @@ pub enum Command {
     Chat(Box<chat::Args>),
     /// Test whether the model finds a number that was told once, somewhere in a long text
     Passkey(Box<passkey::Args>),
+    /// Write a fine-tuned LLaMA as its difference from what it was made of, and back
+    #[command(name = "weight_diff")]
+    WeightDiff(weight_diff::Args),
     /// Print completions for a shell
     Completions(completions::Args),
 }
@@ -64,6 +68,7 @@ impl Command {
             Self::Generate(args) => generate::run(*args),
             Self::Chat(args) => chat::run(*args),
             Self::Passkey(args) => passkey::run(*args),
+            Self::WeightDiff(args) => weight_diff::run(args),
             Self::Completions(args) => completions::run(args),
         }
     }
