@@ -195,6 +195,24 @@ fn gradients_are_those_of_the_reference() {
 }
 
 #[test]
+fn layers_that_are_computed_again_change_no_bit() {
+    for config in configs() {
+        let (ids, _) = &windows()[1];
+        let run = |again: bool| {
+            let model = model(&config).with_activation_checkpointing(again);
+            let recording = Recording::start(&Rounded::default());
+            let mut attention = model.window_attention(ids).unwrap();
+            let loss = model.loss(&model.hidden(ids, &mut attention).unwrap(), &targets(ids), None).unwrap();
+            let mut grads = recording.backward(&loss).unwrap();
+            let bits = |x: Tensor| x.flatten_all().unwrap().to_vec1::<f64>().unwrap().into_iter().map(f64::to_bits);
+            let grads = model.parameters().values().map(|var| grads.remove(var).expect("of every parameter"));
+            grads.chain([loss.clone()]).flat_map(bits).collect::<Vec<_>>()
+        };
+        assert_eq!(run(true), run(false), "{:?}", config.architecture);
+    }
+}
+
+#[test]
 fn what_does_not_learn_computes_the_same() {
     let config = configs().remove(1);
     let model = model(&config);

@@ -9,6 +9,7 @@ use crate::settings::Settings;
 use candle_core::{DType, Tensor};
 use landmark_data::Batch;
 use landmark_models::gpt::Gpt;
+use landmark_models::ops;
 use std::path::Path;
 
 /// A model in training, its optimizer, and how far they are.
@@ -98,8 +99,8 @@ impl<M: Model> Trainer<M> {
                     false => unreachable!("a model is on a GPU with the feature alone"),
                 }
                 let recording = read.recording.expect("a training step is recorded");
-                let share = if mean_gradients { 1. / acc_steps as f64 } else { 1. };
-                self.optimizer.accumulate(&mut gradients, &mut recording.backward_of_share(&loss, share)?)?;
+                let loss = if mean_gradients { ops::scaled(&loss, 1. / acc_steps as f64)? } else { loss };
+                self.optimizer.accumulate(&mut gradients, &mut recording.backward(&loss)?)?;
                 Ok(())
             })?;
             tokens += batch.inputs.len();

@@ -250,7 +250,7 @@ pub fn checkpoint(named: &Path) -> anyhow::Result<PathBuf> {
 /// The same of another flag's.
 pub fn model_path(flag: &str, named: &Path) -> anyhow::Result<PathBuf> {
     let path = match named.to_str() {
-        Some(name) => hub::locate(name, None).with_context(|| format!("--{flag}"))?,
+        Some(name) => hub::locate(name, None).map_err(|error| anyhow::anyhow!("--{flag} {error}"))?,
         None => named.to_path_buf(),
     };
     if path.is_file() || path.join("config.json").exists() {

@@ -108,7 +108,7 @@ impl Adapter {
             None => x.clone(),
         };
         let low = ops::linear(&kept, &self.a, None)?;
-        let low = ops::bridge([&low], |[low]| low * self.scale)?;
+        let low = ops::scaled(&low, self.scale)?;
         ops::linear_onto(&low, &self.b, None, y)
     }
 

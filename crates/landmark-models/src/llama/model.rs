@@ -198,7 +198,8 @@ impl Llama {
     /// change of the parameters.
     pub fn detached(&self) -> Self {
         let model = Self::assemble(self.config.clone(), self.weights.clone(), self.lora.clone(), false);
-        Self { activations: self.activations, ..model.expect("the weights were checked") }
+        let Self { activations, recomputes, .. } = *self;
+        Self { activations, recomputes, ..model.expect("the weights were checked") }
     }
 
     fn assemble(config: LlamaConfig, weights: Weights, lora: Option<LoraConfig>, tracked: bool) -> Result<Self> {
@@ -294,7 +295,7 @@ impl Llama {
             None => self.weights().map(|(name, w)| (name.to_string(), w)).collect(),
         };
         let model = Self::assemble(self.config, Weights { parameters: BTreeMap::new(), frozen }, None, false)?;
-        Ok(Self { activations: self.activations, ..model })
+        Ok(Self { activations: self.activations, recomputes: self.recomputes, ..model })
     }
 
     /// A frozen model with these adapters.
@@ -350,7 +351,8 @@ impl Llama {
             self.config.validate()?;
             return Ok(self);
         }
-        let Self { mut config, weights: Weights { mut parameters, mut frozen }, activations, lora, .. } = self;
+        let Self { mut config, weights: Weights { mut parameters, mut frozen }, activations, recomputes, lora, .. } =
+            self;
         if lora.is_some() {
             let (got, expected) = ("a model with adapters".to_string(), "landmarks before adapters".to_string());
             return Err(Error::Value { op: "with_landmarks", name: "self", got, expected });
@@ -383,7 +385,7 @@ impl Llama {
         config.vocab_size = rows.max(id + 1);
         config.landmarks = Some(landmarks);
         let tracked = !parameters.is_empty();
-        Ok(Self { activations, ..Self::assemble(config, Weights { parameters, frozen }, None, tracked)? })
+        Ok(Self { activations, recomputes, ..Self::assemble(config, Weights { parameters, frozen }, None, tracked)? })
     }
 
     /// Attention for windows `ids` `[B, T]` (u32): dense, or through the landmarks among them if the model has landmarks.

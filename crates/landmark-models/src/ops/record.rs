@@ -20,15 +20,13 @@ use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::Result;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::backprop::GradStore;
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Shape, Storage, Tensor, TensorId, Var, WithDType};
-
 use landmark_attention::Attend;
-
-use crate::Result;
 
 type Slots = Arc<Mutex<Vec<Option<Tensor>>>>;
 type Backward = Box<dyn Fn(Vec<Option<Gradient>>) -> Result<Vec<Gradient>> + Send + Sync>;
@@ -141,14 +139,7 @@ impl Recording {
 
     /// Ends the recording and goes back from `loss`, a scalar that one of the recorded functions gave.
     pub fn backward(self, loss: &Tensor) -> Result<Gradients> {
-        self.backward_of_share(loss, 1.)
-    }
-
-    /// The same for the gradients of `share` times the loss.
-    pub fn backward_of_share(self, loss: &Tensor, share: f64) -> Result<Gradients> {
-        let one = loss.ones_like()?;
-        let gradient = if share == 1. { one } else { (one * share)? };
-        let gradients = self.back_from(loss, gradient.into())?;
+        let gradients = self.back_from(loss, loss.ones_like()?.into())?;
         let gradients = gradients.into_iter().map(|(id, gradient)| (id, gradient.whole)).collect();
         Ok(Gradients(Source::Recorded(gradients)))
     }
@@ -384,10 +375,7 @@ impl Tape {
 
     /// Whether the gradient of an input can be asked for. For one of which it can't, `backward` gives any tensor.
     pub fn wants(&self, input: &Tensor) -> bool {
-        match &self.way {
-            Way::Recorded(_) => wanted(input).is_some(),
-            Way::Candle { .. } => input.track_op(),
-        }
+        wanted(input).is_some() || input.track_op()
     }
 
     /// Ends the recording with the `outputs`. `backward` takes the gradient of each output, `None` for one that the loss does
@@ -474,10 +462,7 @@ impl Tape {
             index += 1;
             hub.apply_op1(out)
         });
-        let mut tensors = Vec::with_capacity(N);
-        for output in outputs {
-            tensors.push(output?);
-        }
+        let tensors = outputs.into_iter().collect::<candle_core::Result<Vec<_>>>()?;
         Ok(tensors.try_into().expect("one tensor for each of the N outputs"))
     }
 }
