@@ -1,10 +1,11 @@
 //! What a run is trained on: prepared tokens, their vocabulary, and the batches drawn from them.
 
 use crate::error::{Error, Result};
-use crate::process::Process;
+use crate::gpt::border;
+use crate::model::{Recipe, Rows};
 use crate::settings::Settings;
-use landmark_data::{Batch, Batches, Border, BorderRule, DataFolder, Exercises, Landmarks, Stream, Tokenizer, Tokens};
-use landmark_models::gpt::{GptConfig, Placement};
+use landmark_data::{Batch, Batches, BorderRule, DataFolder, Exercises, Landmarks, Stream, Tokenizer, Tokens};
+use landmark_models::gpt::Placement;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -98,40 +99,40 @@ impl Corpus {
     }
 
     /// The batches of this corpus for a run whose model has this corpus's [`Corpus::vocabulary`].
-    pub fn batches(self, settings: &Settings) -> Result<Data> {
-        let GptConfig { mem_freq, landmark_id, .. } = settings.model;
-        let row_length = settings.row_length();
-        let flag = match settings.optimization_process {
-            Process::Landmark => "sequence_length",
-            Process::TransformerXl { .. } => "total_sequence_length",
-        };
-        let end_of_text = self.vocabulary(Some(settings.model.vocab_size))?.end_of_text;
-        let rule = match (settings.model.landmarks, mem_freq, &self.tokenizer) {
-            (Placement::Regular, ..) | (_, None, _) => None,
-            (_, Some(mem_freq), Some(tokenizer)) => border_rule(settings.model.landmarks, tokenizer, mem_freq)?,
+    pub fn batches<C: Recipe>(self, settings: &Settings<C>) -> Result<Data> {
+        let Rows { length, flag, mem_freq, landmark_id, vocab_size, border, texts_apart } = C::rows(settings);
+        let end_of_text = self.vocabulary(vocab_size)?.end_of_text.filter(|_| texts_apart);
+        let rule = match (border, mem_freq, &self.tokenizer) {
+            (None, ..) | (_, None, _) => None,
+            (Some(border), Some(mem_freq), Some(tokenizer)) => {
+                Some(BorderRule::new(border, tokenizer, narrow(mem_freq)?)?)
+            }
             (_, Some(_), None) => {
                 let message =
                     "borders are found in text, and the data have no tokenizer.json: name it with --tokenizer";
                 return Err(Error::setting("landmarks", message));
             }
         };
-        let batches = |name: &str, tokens: Tokens| -> Result<Batches> {
+        let batches = |name: &str, tokens: Tokens, batch_size: usize| -> Result<Batches> {
             let landmarks = landmarks(name, &tokens, landmark_id, mem_freq, rule.clone())?;
             let stream = Stream::new(tokens, landmarks)?;
-            let batches = Batches::new(stream, settings.batch_size, row_length, end_of_text);
+            let batches = Batches::new(stream, batch_size, length, end_of_text);
             let whole = |batches: Batches| if settings.whole_blocks { batches.whole_blocks() } else { Ok(batches) };
             batches.and_then(whole).map_err(|error| match error {
                 error @ landmark_data::Error::TooShort { .. } => {
-                    Error::setting(flag, format!("{row_length} is too long for the {name} data: {error}"))
+                    Error::setting(flag, format!("{length} is too long for the {name} data: {error}"))
                 }
                 other => named(other),
             })
         };
         let validation = match self.validation.is_empty() {
             true => None,
-            false => Some(batches("validation", self.validation)?),
+            false => {
+                let batch_size = settings.eval_batch_size.unwrap_or(settings.batch_size);
+                Some(batches("validation", self.validation, batch_size)?)
+            }
         };
-        let train = batches("training", self.train)?;
+        let train = batches("training", self.train, settings.batch_size)?;
         let exercises = match (settings.exercises, &self.tokenizer) {
             (None, _) => None,
             (Some(options), Some(tokenizer)) => {
@@ -149,14 +150,7 @@ impl Corpus {
 /// The borders that the landmarks of a model with this configuration are put at, with at most `mem_freq` tokens in a block; `None` if they are
 /// at regular places.
 pub fn border_rule(landmarks: Placement, tokenizer: &Tokenizer, mem_freq: usize) -> Result<Option<BorderRule>> {
-    let border = match landmarks {
-        Placement::Regular => return Ok(None),
-        Placement::Sentence => Border::Sentence,
-        Placement::Paragraph => Border::Paragraph,
-        Placement::Line => Border::Line,
-        Placement::Code => Border::Code,
-    };
-    Ok(Some(BorderRule::new(border, tokenizer, narrow(mem_freq)?)?))
+    border(landmarks).map(|border| Ok(BorderRule::new(border, tokenizer, narrow(mem_freq)?)?)).transpose()
 }
 
 fn narrow(mem_freq: usize) -> Result<u32> {
@@ -218,6 +212,7 @@ impl Data {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use landmark_models::gpt::GptConfig;
 
     fn corpus(train: Vec<u32>, tokenizer: Option<Tokenizer>) -> Corpus {
         Corpus { train: train.into(), validation: Tokens::Memory(Vec::new()), tokenizer }

@@ -5,8 +5,11 @@ use crate::data::{Data, Identity};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::logs::{Logs, Wandb};
+use crate::model::Recipe;
+use crate::run::Resume;
 use crate::settings::Settings;
 use crate::trainer::Trainer;
+use landmark_models::gpt::GptConfig;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -28,17 +31,17 @@ pub struct History {
 
 /// What a checkpoint remembers beside the model and the optimizer.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct State {
-    pub settings: Settings,
+pub(crate) struct State<C = GptConfig> {
+    pub settings: Settings<C>,
     /// The number of the batch that comes next: all that is random follows from it and the seed.
     pub next_batch: u64,
     pub data: Identity,
     pub history: History,
 }
 
-impl State {
+impl<C: Recipe> State<C> {
     /// Refuses to go on from a checkpoint that other settings or data made.
-    fn check(&self, settings: &Settings, data: &Data, found: &Found<Self>) -> Result<()> {
+    fn check(&self, settings: &Settings<C>, data: &Data, found: &Found<Self>) -> Result<()> {
         settings.check_same_run(&self.settings, &found.path)?;
         let other = |setting: &str, saved: String, given: String| {
             Err(Error::OtherRun { path: found.path.clone(), setting: setting.into(), saved, given })
@@ -56,14 +59,14 @@ impl State {
 
 /// `summary.json`, with the reference's names.
 #[derive(Serialize)]
-struct Summary<'a> {
+struct Summary<'a, C> {
     iterations: &'a [usize],
     train_loss: &'a [f64],
     val_loss: &'a [f64],
     val_pp: Vec<f64>,
     val_acc: &'a [f64],
     checkpoint: String,
-    args: &'a Settings,
+    args: &'a Settings<C>,
 }
 
 /// The folder, held against other processes.
@@ -80,28 +83,38 @@ pub fn is_finished(folder: &Path) -> bool {
     folder.join(SUMMARY).is_file()
 }
 
+/// The folder that was taken, and the checkpoint to go on from.
+type Started<C> = (Experiment, Option<Found<State<C>>>);
+
 /// Takes the folder, and finds the checkpoint to go on from. `None`: the run was finished before. `note` is told what a user
 /// may want to know.
-pub(crate) fn start(
+pub(crate) fn start<C: Recipe>(
     folder: &Path,
-    settings: &Settings,
+    settings: &Settings<C>,
     data: &Data,
-    resume: bool,
+    resume: Resume,
     wandb: Option<&Wandb>,
     note: &mut dyn FnMut(String),
-) -> Result<Option<(Experiment, Option<Found<State>>)>> {
+) -> Result<Option<Started<C>>> {
     fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
     let lock = lock(folder)?;
     if is_finished(folder) {
         return Ok(None);
     }
-    for name in checkpoint::clean(folder)? {
+    for name in C::CHECKPOINTS.clean(folder)? {
         note(format!("removed {name}, which a killed save left behind"));
     }
-    if let (false, Some(&iteration)) = (resume, checkpoint::iterations(folder)?.last()) {
-        return Err(Error::Unfinished { path: folder.to_path_buf(), iteration });
-    }
-    let found = if resume { checkpoint::latest::<State>(folder)? } else { None };
+    let found = match resume {
+        Resume::No => match C::CHECKPOINTS.iterations(folder)?.last() {
+            Some(&iteration) => return Err(Error::Unfinished { path: folder.to_path_buf(), iteration }),
+            None => None,
+        },
+        Resume::Newest => C::CHECKPOINTS.latest::<State<C>>(folder)?,
+        Resume::From(path) => {
+            let (iteration, state) = checkpoint::open(path)?;
+            Some(Found { path: path.to_path_buf(), iteration, state, skipped: Vec::new() })
+        }
+    };
     let saved = found.as_ref().map(|found| found.iteration);
     match &found {
         Some(found) => {
@@ -109,7 +122,9 @@ pub(crate) fn start(
                 note(format!("{error}; going back to iteration {}", found.iteration));
             }
         }
-        None if resume => note(format!("no checkpoint in {} yet: starting from the first iteration", folder.display())),
+        None if resume != Resume::No => {
+            note(format!("no checkpoint in {} yet: starting from the first iteration", folder.display()))
+        }
         None => {}
     }
     if let Some(found) = &found {
@@ -139,11 +154,11 @@ impl Experiment {
     }
 
     /// Saves a checkpoint, unless this iteration has one. Returns its folder if one was made.
-    pub(crate) fn save(
+    pub(crate) fn save<C: Recipe>(
         &mut self,
-        settings: &Settings,
+        settings: &Settings<C>,
         data: &Data,
-        trainer: &Trainer,
+        trainer: &Trainer<C::Model>,
         history: &History,
     ) -> Result<Option<PathBuf>> {
         let iteration = trainer.iteration();
@@ -158,26 +173,26 @@ impl Experiment {
             data: data.identity(),
             history: history.clone(),
         };
-        let path = checkpoint::save(&self.folder, iteration, state, |folder| {
-            trainer.save(folder)?;
-            data.tokenizer.as_ref().map_or(Ok(()), |tokenizer| Ok(tokenizer.save(folder)?))
+        let path = C::CHECKPOINTS.save(&self.folder, iteration, state, |folder| {
+            data.tokenizer.as_ref().map_or(Ok(()), |tokenizer| tokenizer.save(folder))?;
+            trainer.save(folder)
         })?;
         self.saved = Some(iteration);
         if let Some(keep) = settings.keep_checkpoints {
-            checkpoint::prune(&self.folder, keep)?;
+            C::CHECKPOINTS.prune(&self.folder, keep)?;
         }
         Ok(Some(path))
     }
 
     /// Marks the run as finished.
-    pub(crate) fn finish(&self, settings: &Settings, history: &History) -> Result<()> {
+    pub(crate) fn finish<C: Recipe>(&self, settings: &Settings<C>, history: &History) -> Result<()> {
         let summary = Summary {
             iterations: &history.iterations,
             train_loss: &history.train_loss,
             val_loss: &history.val_loss,
             val_pp: history.val_loss.iter().map(|loss| loss.exp()).collect(),
             val_acc: &history.val_acc,
-            checkpoint: checkpoint::path(Path::new(""), settings.iterations).display().to_string(),
+            checkpoint: C::CHECKPOINTS.path(Path::new(""), settings.iterations).display().to_string(),
             args: settings,
         };
         let path = self.folder.join(SUMMARY);

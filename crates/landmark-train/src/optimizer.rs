@@ -68,11 +68,13 @@ pub struct Optimizer {
 pub struct Gradients(Vec<Option<Tensor>>);
 
 impl Optimizer {
-    /// An optimizer of these parameters that has made no step. `clip` bounds the norm of all gradients together.
+    /// An optimizer of these parameters that has made no step. `decays` says to which of them weight decay applies; `clip` bounds the norm of
+    /// all gradients together.
     pub fn new(
         parameters: &BTreeMap<String, Var>,
         method: Method,
         weight_decay: f64,
+        decays: fn(&str, &Var) -> bool,
         clip: Option<f64>,
     ) -> Result<Self> {
         let slot = |(name, var): (&String, &Var)| -> Result<Slot> {
@@ -278,17 +280,12 @@ impl Gradients {
     }
 }
 
-/// Whether weight decay applies: to the weights of linear layers, so neither to vectors (biases, LayerNorm) nor to
-/// embeddings, of which the token embedding is tied to the output layer.
-fn decays(name: &str, var: &Var) -> bool {
-    let is_embedding = name.ends_with("wte.weight") || name.ends_with("wpe.weight") || name.contains("embedding");
-    name.ends_with("weight") && var.rank() == 2 && !is_embedding
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Model;
     use candle_core::{DType, Device};
+    use landmark_models::gpt::Gpt;
 
     const ADAMW: Method = Method::AdamW { beta1: 0.9, beta2: 0.95 };
 
@@ -328,7 +325,7 @@ mod tests {
             for method in [ADAMW, Method::Sgd] {
                 let parameters = parameters(dtype);
                 let start: Vec<_> = parameters.values().map(values).collect();
-                let mut optimizer = Optimizer::new(&parameters, method, 0.1, None).unwrap();
+                let mut optimizer = Optimizer::new(&parameters, method, 0.1, Gpt::decays, None).unwrap();
                 for rate in [1e-3, 2e-3, 1e-3] {
                     assert_eq!(step(&mut optimizer, &parameters, &[1., 0.5], rate), None);
                 }
@@ -397,7 +394,7 @@ mod tests {
             };
             let parameters: BTreeMap<String, Var> =
                 [("a.weight", var(&[4, 3])), ("b.bias", var(&[5]))].map(|(name, var)| (name.into(), var)).into();
-            let mut optimizer = Optimizer::new(&parameters, Method::Adafactor, 0.1, None).unwrap();
+            let mut optimizer = Optimizer::new(&parameters, Method::Adafactor, 0.1, Gpt::decays, None).unwrap();
             for (step, rate, slope) in [(1., 1e-2, 0.01), (2., 2e-2, 0.01), (3., 1e-2, 1.)] {
                 let gradient = |var: &Var| {
                     let waves = (0..var.elem_count()).map(|i| (i as f64 * step).cos() * slope).collect::<Vec<_>>();
@@ -420,7 +417,7 @@ mod tests {
         let norm = |clip| {
             let parameters = parameters(DType::F64);
             let before: Vec<_> = parameters.values().flat_map(values).collect();
-            let mut optimizer = Optimizer::new(&parameters, Method::Sgd, 0., Some(clip)).unwrap();
+            let mut optimizer = Optimizer::new(&parameters, Method::Sgd, 0., Gpt::decays, Some(clip)).unwrap();
             let norm = step(&mut optimizer, &parameters, &[1., 1.], 1.).unwrap();
             let expected = before.iter().map(|p| (4. * p).powi(2)).sum::<f64>().sqrt();
             assert!((norm - expected).abs() < 1e-9, "{norm} is not {expected}");
@@ -437,14 +434,14 @@ mod tests {
         let path = folder.path().join("optimizer.safetensors");
         for method in [ADAMW, Method::Adafactor, Method::Sgd] {
             let parameters = parameters(DType::F32);
-            let mut optimizer = Optimizer::new(&parameters, method, 0.1, None).unwrap();
+            let mut optimizer = Optimizer::new(&parameters, method, 0.1, Gpt::decays, None).unwrap();
             step(&mut optimizer, &parameters, &[1.], 1e-3);
             optimizer.save(&path).unwrap();
             let copies = parameters.iter().map(|(name, var)| {
                 (name.clone(), Var::from_tensor(&var.as_detached_tensor().force_contiguous().unwrap()).unwrap())
             });
             let copies: BTreeMap<_, _> = copies.collect();
-            let mut copy = Optimizer::new(&copies, method, 0.1, None).unwrap();
+            let mut copy = Optimizer::new(&copies, method, 0.1, Gpt::decays, None).unwrap();
             copy.load(&path).unwrap();
             step(&mut optimizer, &parameters, &[0.3], 1e-3);
             step(&mut copy, &copies, &[0.3], 1e-3);
@@ -454,7 +451,7 @@ mod tests {
         }
         // The state of another method, or of other parameters, is refused.
         let parameters = parameters(DType::F32);
-        assert!(Optimizer::new(&parameters, ADAMW, 0., None).unwrap().load(&path).is_err());
+        assert!(Optimizer::new(&parameters, ADAMW, 0., Gpt::decays, None).unwrap().load(&path).is_err());
     }
 
     #[test]
@@ -470,8 +467,12 @@ mod tests {
             ..Default::default()
         };
         let model = landmark_models::gpt::Gpt::init(&config, 0, DType::F32, &Device::Cpu).unwrap();
-        let decayed: Vec<_> =
-            model.parameters().iter().filter(|(name, var)| decays(name, var)).map(|(name, _)| name.as_str()).collect();
+        let decayed: Vec<_> = model
+            .parameters()
+            .iter()
+            .filter(|(name, var)| Gpt::decays(name, var))
+            .map(|(name, _)| name.as_str())
+            .collect();
         let layer = |name| format!("transformer.h.0.{name}.weight");
         assert_eq!(decayed, ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"].map(layer));
     }

@@ -1,12 +1,13 @@
 //! How a model reads the tokens of a batch: the reference's `--optimization_process`.
 
 use crate::error::Result;
+use crate::model::{Read, Training};
 use candle_core::{Device, Tensor};
 use landmark_attention::Dropout;
 use landmark_data::{Batch, IGNORE};
 use landmark_memory::XlCache;
-use landmark_models::gpt::{Gpt, NegativeRows, WindowAttention};
-use landmark_models::ops::{Recording, Rounded};
+use landmark_models::gpt::{Gpt, WindowAttention};
+use landmark_models::ops::Recording;
 use serde::{Deserialize, Serialize};
 
 /// How a model reads a batch.
@@ -63,37 +64,16 @@ impl Process {
     }
 }
 
-/// What a training step is read with.
-pub(crate) struct Training {
-    /// Of all that is random in it.
-    pub seed: u64,
-    pub negatives: Option<NegativeRows>,
-    /// The parameters in the activations' type, if the optimizer keeps them.
-    pub rounded: Rounded,
-}
-
-/// What a model made of a window.
-pub(crate) struct Read {
-    /// Hidden states `[B, T, C]`.
-    pub hidden: Tensor,
-    /// `[B, T]`.
-    pub targets: Tensor,
-    /// `[B, T]`, if the batch has any.
-    pub weights: Option<Tensor>,
-    /// The way back, in a training step.
-    pub recording: Option<Recording>,
-}
-
 /// Columns of a batch, on the CPU, where ids are checked.
-struct Window {
-    ids: Tensor,
-    targets: Tensor,
-    weights: Option<Tensor>,
+pub(crate) struct Window {
+    pub ids: Tensor,
+    pub targets: Tensor,
+    pub weights: Option<Tensor>,
     has_targets: bool,
 }
 
 impl Window {
-    fn new(batch: &Batch, from: usize, to: usize) -> Result<Self> {
+    pub fn new(batch: &Batch, from: usize, to: usize) -> Result<Self> {
         fn columns<T: Copy>(batch: &Batch, of: &[T], from: usize, to: usize) -> Vec<T> {
             of.chunks(batch.sequence_length).flat_map(|row| &row[from..to]).copied().collect()
         }

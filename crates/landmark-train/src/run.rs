@@ -1,15 +1,16 @@
 //! A run from its first or its next iteration to its last, or to where it is stopped.
 
-use crate::checkpoint::{self, Found};
+use crate::checkpoint::Found;
 use crate::data::Data;
 use crate::error::{Error, Result};
 use crate::experiment::{self, Experiment, History, State};
 use crate::logs::{Logs, Wandb};
+use crate::model::{Model, Recipe};
 use crate::settings::Settings;
 use crate::trainer::{Evaluation, Step, Trainer, evaluate};
-use candle_core::{DType, Device};
+use candle_core::Device;
 use landmark_data::Batch;
-use landmark_models::gpt::{Gpt, GptConfig};
+use landmark_models::gpt::Gpt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
@@ -19,12 +20,11 @@ use std::time::{Duration, Instant};
 const EVALUATION_BATCHES: u64 = 24;
 
 /// Where and how long a run goes.
-#[derive(Default)]
-pub struct Limits<'a> {
+pub struct Limits<'a, M = Gpt> {
     /// The folder of checkpoints, metrics and summary. Without one the run leaves nothing behind.
     pub experiment: Option<&'a Path>,
-    /// Go on from the newest checkpoint, if there is one.
-    pub resume: bool,
+    /// Whether it goes on from a checkpoint.
+    pub resume: Resume<'a>,
     /// The folder of a model with whose weights a new run begins, not with random ones.
     pub init_from: Option<&'a Path>,
     /// Somebody else's wish to stop after the current step.
@@ -34,20 +34,46 @@ pub struct Limits<'a> {
     /// Beside the logs that every experiment's folder has, a run of Weights & Biases.
     pub wandb: Option<&'a Wandb>,
     /// Let the model write now and then.
-    pub sample: Option<Sample<'a>>,
+    pub sample: Option<Sample<'a, M>>,
+}
+
+impl<M> Default for Limits<'_, M> {
+    fn default() -> Self {
+        Self {
+            experiment: None,
+            resume: Resume::No,
+            init_from: None,
+            stop: None,
+            time: None,
+            wandb: None,
+            sample: None,
+        }
+    }
+}
+
+/// Whether a run goes on from a checkpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Resume<'a> {
+    /// It begins anew, and not where there is one.
+    #[default]
+    No,
+    /// From the newest one that is whole, if there is one.
+    Newest,
+    /// From this one.
+    From(&'a Path),
 }
 
 /// What a model writes as it trains.
-pub struct Sample<'a> {
+pub struct Sample<'a, M = Gpt> {
     /// After every so many iterations, and after the last one.
     pub every: usize,
     /// What the model writes after an iteration.
-    pub text: &'a Writing<'a>,
+    pub text: &'a Writing<'a, M>,
 }
 
 /// Gives what a model writes after an iteration, or why it cannot.
-pub type Writing<'a> =
-    dyn Fn(&Gpt, usize) -> std::result::Result<String, Box<dyn std::error::Error + Send + Sync>> + 'a;
+pub type Writing<'a, M = Gpt> =
+    dyn Fn(&M, usize) -> std::result::Result<String, Box<dyn std::error::Error + Send + Sync>> + 'a;
 
 /// What happens in a run, for whoever shows it.
 #[derive(Debug)]
@@ -67,11 +93,11 @@ pub enum Event<'a> {
 }
 
 /// How a run ended.
-pub enum Outcome {
+pub enum Outcome<M = Gpt> {
     /// With its last iteration.
     Finished {
         /// The trained model.
-        model: Gpt,
+        model: M,
         /// Its evaluations on the way.
         history: History,
     },
@@ -80,7 +106,7 @@ pub enum Outcome {
     /// Earlier than its last iteration.
     Stopped {
         /// The model as far as it is.
-        model: Gpt,
+        model: M,
         /// The iterations that were done.
         iteration: usize,
         /// From where it can go on, if the run has a folder.
@@ -88,35 +114,14 @@ pub enum Outcome {
     },
 }
 
-/// The weights of another model of this kind. What is random in training, the window and the frequency of landmarks may be others.
-fn load(config: &GptConfig, folder: &Path, device: &Device) -> Result<Gpt> {
-    let model = Gpt::load(folder, device)?;
-    let other = model.config();
-    let same_kind = GptConfig {
-        sequence_length: config.sequence_length,
-        mem_freq: config.mem_freq,
-        dropout: config.dropout,
-        group_dropout: config.group_dropout,
-        under_rem_score_prob: config.under_rem_score_prob,
-        pos_jump_on_mem: config.pos_jump_on_mem,
-        ..other.clone()
-    };
-    if same_kind != *config {
-        let message = format!("{}: that model is another one: {other:?}, not {config:?}", folder.display());
-        return Err(Error::setting("init_from", message));
-    }
-    let weights = model.parameters().iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
-    Ok(Gpt::from_tensors(config, weights)?)
-}
-
 /// Trains a model. `observe` is told of every step.
-pub fn train(
-    settings: &Settings,
+pub fn train<C: Recipe>(
+    settings: &Settings<C>,
     data: &Data,
     device: &Device,
-    limits: &Limits,
+    limits: &Limits<C::Model>,
     observe: &mut dyn FnMut(Event),
-) -> Result<Outcome> {
+) -> Result<Outcome<C::Model>> {
     let begun = Instant::now();
     settings.check()?;
     let (mut experiment, found) = match limits.experiment {
@@ -131,13 +136,7 @@ pub fn train(
     };
     let (trainer, history) = match found {
         Some(found) => resume(settings, device, found, observe)?,
-        None => {
-            let model = match limits.init_from {
-                None => Gpt::init(&settings.model, settings.seed, DType::F32, device)?,
-                Some(folder) => load(&settings.model, folder, device)?,
-            };
-            (Trainer::new(settings, model.with_activations(settings.precision.dtype())?)?, History::default())
-        }
+        None => (Trainer::new(settings, C::init(settings, limits.init_from, device)?)?, History::default()),
     };
     let deadline = limits.time.and_then(|time| begun.checked_add(time));
     let outcome =
@@ -150,7 +149,8 @@ pub fn train(
     });
     let outcome = outcome?;
     closed?;
-    if let Outcome::Finished { history, .. } = &outcome {
+    if let (Outcome::Finished { model, history }, Some(folder)) = (&outcome, limits.experiment) {
+        model.finish(folder)?;
         experiment.finish(settings, history)?;
     }
     Ok(outcome)
@@ -160,38 +160,33 @@ pub fn train(
 const INTERRUPTED: i32 = 255;
 
 /// The trainer as a checkpoint left it.
-fn resume(
-    settings: &Settings,
+fn resume<C: Recipe>(
+    settings: &Settings<C>,
     device: &Device,
-    found: Found<State>,
+    found: Found<State<C>>,
     observe: &mut dyn FnMut(Event),
-) -> Result<(Trainer, History)> {
+) -> Result<(Trainer<C::Model>, History)> {
     let Found { path, iteration, state, .. } = found;
-    let trainer = Trainer::load(
-        settings,
-        Gpt::load(&path, device)?.with_activations(settings.precision.dtype())?,
-        &path,
-        iteration,
-    )?;
+    let trainer = Trainer::load(settings, C::load(settings, &path, device)?, &path, iteration)?;
     observe(Event::Note(format!("resuming from {}", path.display())));
     Ok((trainer, state.history))
 }
 
 /// A run that goes on.
-struct Loop<'a, 'l> {
-    settings: &'a Settings,
+struct Loop<'a, 'l, C: Recipe> {
+    settings: &'a Settings<C>,
     data: &'a Data,
-    limits: &'a Limits<'l>,
+    limits: &'a Limits<'l, C::Model>,
     deadline: Option<Instant>,
-    trainer: Trainer,
+    trainer: Trainer<C::Model>,
     history: History,
     experiment: Option<&'a mut Experiment>,
     observe: &'a mut dyn FnMut(Event),
 }
 
-impl Loop<'_, '_> {
+impl<C: Recipe> Loop<'_, '_, C> {
     /// To the last iteration, or to where it is stopped. A thread makes the batches of the next step during this one.
-    fn run(self) -> Result<Outcome> {
+    fn run(self) -> Result<Outcome<C::Model>> {
         let Settings { seed, acc_steps, iterations, .. } = *self.settings;
         let [first, end] = [self.trainer.iteration(), iterations].map(|step| step as u64 * acc_steps as u64);
         let data = self.data;
@@ -203,7 +198,7 @@ impl Loop<'_, '_> {
         })
     }
 
-    fn steps(mut self, ahead: &Receiver<Result<Batch>>) -> Result<Outcome> {
+    fn steps(mut self, ahead: &Receiver<Result<Batch>>) -> Result<Outcome<C::Model>> {
         (self.observe)(Event::Begin(self.trainer.iteration(), self.settings.iterations));
         while self.trainer.iteration() < self.settings.iterations {
             self.step(ahead)?;
@@ -223,7 +218,7 @@ impl Loop<'_, '_> {
                 self.save()?;
             }
             if stopped && !is_last {
-                let checkpoint = self.limits.experiment.map(|folder| checkpoint::path(folder, iteration));
+                let checkpoint = self.limits.experiment.map(|folder| C::CHECKPOINTS.path(folder, iteration));
                 return Ok(Outcome::Stopped { model: self.trainer.into_model(), iteration, checkpoint });
             }
         }
@@ -250,14 +245,17 @@ impl Loop<'_, '_> {
             self.history.iterations.push(iteration);
             self.history.train_loss.push(step.loss);
         }
-        self.log(|logs| logs.step(iteration, &step, took))
+        match self.settings.logging_steps {
+            Some(every) if !self.is_due(every) => Ok(()),
+            _ => self.log(|logs| logs.step(iteration, &step, took)),
+        }
     }
 
     fn evaluate(&mut self) -> Result<()> {
         let Some(batches) = &self.data.validation else { return Ok(()) };
         let (begun, iteration) = (Instant::now(), self.trainer.iteration());
         let batches = (0..EVALUATION_BATCHES).map(|index| batches.batch(self.settings.seed, index));
-        let evaluation = evaluate(self.trainer.model(), self.settings.optimization_process, batches)?;
+        let evaluation = evaluate(self.trainer.model(), self.settings, batches)?;
         if !evaluation.loss.is_finite() {
             return Err(Error::Diverged { iteration, loss: evaluation.loss });
         }

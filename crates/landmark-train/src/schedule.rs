@@ -1,4 +1,4 @@
-//! The learning rate over time: PyTorch's `OneCycleLR` as the reference configures it, or a constant.
+//! The learning rate over time: PyTorch's `OneCycleLR` as the reference configures it, a constant, or what the Trainer of `transformers` has.
 
 use serde::{Deserialize, Serialize};
 
@@ -17,7 +17,29 @@ pub enum Anneal {
     Linear,
     /// The peak, always.
     None,
+    /// As the Trainer of `transformers`: a straight line from 0 up to the peak, then what `then` says. The schedule's own warm-up counts for nothing.
+    Trainer {
+        /// The steps that climb.
+        warmup_steps: usize,
+        /// How it goes on.
+        then: Decay,
+    },
 }
+
+/// How a learning rate goes on after its warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Decay {
+    /// It stays at the peak.
+    Constant,
+    /// A straight line to 0.
+    Linear,
+    /// 0.4 of a cosine's period, as the authors have it: it ends near a tenth of the peak.
+    Cosine,
+}
+
+/// The part of a cosine's period that the rate goes down in.
+const CYCLES: f64 = 0.4;
 
 /// The learning rate of every step of a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -41,6 +63,7 @@ impl Schedule {
             }
             Anneal::Linear => |from: f64, to: f64, part: f64| (to - from) * part + from,
             Anneal::None => return self.peak,
+            Anneal::Trainer { warmup_steps, then } => return self.peak * self.share(step, warmup_steps, then),
         };
         let start = self.peak / DIV_FACTOR;
         let end = start / FINAL_DIV_FACTOR;
@@ -51,6 +74,24 @@ impl Schedule {
             slope(start, self.peak, part(step, 0., top))
         } else {
             slope(self.peak, end, part(step, top, last))
+        }
+    }
+}
+
+impl Schedule {
+    /// The share of the peak at a step, as the functions of `transformers/optimization.py` have it.
+    fn share(&self, step: usize, warmup: usize, then: Decay) -> f64 {
+        if step < warmup {
+            return step as f64 / warmup.max(1) as f64;
+        }
+        let rest = self.steps.saturating_sub(warmup).max(1) as f64;
+        match then {
+            Decay::Constant => 1.,
+            Decay::Linear => (self.steps.saturating_sub(step) as f64 / rest).max(0.),
+            Decay::Cosine => {
+                let progress = (step - warmup) as f64 / rest;
+                (0.5 * (1. + (std::f64::consts::PI * CYCLES * 2. * progress).cos())).max(0.)
+            }
         }
     }
 }
@@ -108,6 +149,23 @@ mod tests {
         ];
         for (step, rate) in recorded {
             assert!((schedule(Anneal::Linear, 0.205, 100).rate(step) - rate).abs() < 1e-15, "step {step}");
+        }
+    }
+
+    /// `get_cosine_schedule_with_warmup(num_cycles=0.4)`, `get_linear_schedule_with_warmup` and `get_constant_schedule_with_warmup` of
+    /// transformers 5.24 with a peak of 2e-3, 3 steps of warm-up and 20 in all.
+    #[test]
+    fn the_trainers_are_those_of_transformers() {
+        let recorded = [
+            (Decay::Cosine, [0., 6.666666666666666e-4, 2e-3, 0.0013784110500423103, 0.00028638984558824776]),
+            (Decay::Linear, [0., 6.666666666666666e-4, 2e-3, 0.0010588235294117648, 0.00011764705882352942]),
+            (Decay::Constant, [0., 6.666666666666666e-4, 2e-3, 2e-3, 2e-3]),
+        ];
+        for (then, rates) in recorded {
+            let ours = schedule(Anneal::Trainer { warmup_steps: 3, then }, 0., 20);
+            for (step, rate) in [0, 1, 3, 11, 19].into_iter().zip(rates) {
+                assert!((ours.rate(step) - rate).abs() < 1e-15, "{then:?} {step}: {} is not {rate}", ours.rate(step));
+            }
         }
     }
 

@@ -1,12 +1,13 @@
 //! What decides a run.
 
 use crate::error::{Error, Result};
+use crate::model::Recipe;
 use crate::optimizer::Method;
 use crate::process::Process;
 use crate::schedule::{Anneal, Schedule};
 use candle_core::DType;
 use landmark_data::ExerciseOptions;
-use landmark_models::gpt::{GptConfig, NegativeRows, SoftmaxFunc, Variant};
+use landmark_models::gpt::{GptConfig, NegativeRows};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::Path;
@@ -35,9 +36,9 @@ impl Precision {
 /// checkpoint. The fields are named as the flags of the command line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Settings {
+pub struct Settings<C = GptConfig> {
     /// The model, its training window and the distance of landmarks.
-    pub model: GptConfig,
+    pub model: C,
     /// How a model reads the tokens of a batch.
     #[serde(default)]
     pub optimization_process: Process,
@@ -55,8 +56,14 @@ pub struct Settings {
     pub negatives: Option<NegativeRows>,
     /// Windows in a batch.
     pub batch_size: usize,
+    /// Windows in a batch of an evaluation, where they are another number.
+    #[serde(default)]
+    pub eval_batch_size: Option<usize>,
     /// Batches in a step; their gradients are added up.
     pub acc_steps: usize,
+    /// Whether their sum is divided by their number: `transformers` does, the reference does not.
+    #[serde(default)]
+    pub mean_gradients: bool,
     /// Decides the first weights, the order of the data and dropout.
     pub seed: u64,
     /// Steps of the run.
@@ -73,6 +80,9 @@ pub struct Settings {
     pub weight_decay: f64,
     /// Bounds the norm of a step's gradient, the sum over its batches.
     pub grad_clip: Option<f64>,
+    /// Log every so many iterations, and the last one; `None`: every one.
+    #[serde(default)]
+    pub logging_steps: Option<usize>,
     /// Evaluate every so many iterations, and after the last one.
     pub eval_freq: usize,
     /// Save a checkpoint every so many iterations; `None`: only when the run ends or is stopped.
@@ -85,7 +95,14 @@ pub struct Settings {
 }
 
 /// Settings that change no weight: a run may be resumed with other ones.
-const FREE: [&str; 4] = ["eval_freq", "save_checkpoint_freq", "keep_checkpoints", "activation_checkpointing"];
+const FREE: [&str; 6] = [
+    "eval_batch_size",
+    "logging_steps",
+    "eval_freq",
+    "save_checkpoint_freq",
+    "keep_checkpoints",
+    "activation_checkpointing",
+];
 
 impl Settings {
     /// The reference's defaults for the training of this model.
@@ -98,7 +115,9 @@ impl Settings {
             exercises: None,
             negatives: None,
             batch_size: 50,
+            eval_batch_size: None,
             acc_steps: 4,
+            mean_gradients: false,
             seed: 2,
             iterations: 15_000,
             lr: 2e-3,
@@ -107,33 +126,29 @@ impl Settings {
             opt: Method::AdamW { beta1: 0.9, beta2: 0.95 },
             weight_decay: 1e-3,
             grad_clip: None,
+            logging_steps: None,
             eval_freq: 200,
             save_checkpoint_freq: None,
             keep_checkpoints: None,
             activation_checkpointing: false,
         }
     }
+}
 
+impl<C: Recipe> Settings<C> {
     /// The learning rates of the run.
     pub fn schedule(&self) -> Schedule {
         Schedule { anneal: self.scheduler, peak: self.lr, warmup: self.warmup_percent, steps: self.iterations }
     }
 
-    /// The tokens of a row of a batch.
-    pub fn row_length(&self) -> usize {
-        match self.optimization_process {
-            Process::Landmark => self.model.sequence_length,
-            Process::TransformerXl { total_sequence_length, .. } => total_sequence_length,
-        }
-    }
-
     /// Refuses values that no run can have, by the name of the flag.
     pub fn check(&self) -> Result<()> {
-        self.model.validate()?;
         let counts = [
             ("batch_size", Some(self.batch_size)),
             ("acc_steps", Some(self.acc_steps)),
             ("iterations", Some(self.iterations)),
+            ("eval_batch_size", self.eval_batch_size),
+            ("logging_steps", self.logging_steps),
             ("eval_freq", Some(self.eval_freq)),
             ("save_checkpoint_freq", self.save_checkpoint_freq),
             ("keep_checkpoints", self.keep_checkpoints),
@@ -143,30 +158,7 @@ impl Settings {
                 return Err(Error::setting(flag, "0 is too small, expected at least 1"));
             }
         }
-        if let Process::TransformerXl { total_sequence_length, mem_cache_size } = self.optimization_process {
-            let window = self.model.sequence_length;
-            if total_sequence_length < window {
-                let message =
-                    format!("{total_sequence_length} is less than --sequence_length, of which it is a number");
-                return Err(Error::setting("total_sequence_length", message));
-            }
-            if self.activation_checkpointing {
-                let message =
-                    "a window of transformer_xl leaves something behind for the next: it cannot be computed again";
-                return Err(Error::setting("activation_checkpointing", message));
-            }
-            if mem_cache_size == 0 {
-                return Err(Error::setting("mem_cache_size", "0 is too small, expected at least 1"));
-            }
-            if self.model.pos_jump_on_mem.is_some_and(|jump| jump > 0) {
-                return Err(Error::setting("pos_jump_on_mem", "the positions of transformer_xl do not jump"));
-            }
-            let has_landmarks = self.model.model != Variant::BaseRotary && self.model.mem_freq.is_some();
-            if has_landmarks || self.model.model == Variant::LandmarkWithCmt {
-                let message = "transformer_xl has a plain softmax: use --model base_rotary, or --model landmark with --mem_freq None";
-                return Err(Error::setting("optimization_process", message));
-            }
-        }
+        C::check(self)?;
         self.check_retrieval()?;
         let within = |flag, value: f64, allowed: bool, range| {
             let message = || format!("{value} is outside its range, expected {range}");
@@ -189,20 +181,14 @@ impl Settings {
 
     /// What teaches retrieval beside the text itself.
     fn check_retrieval(&self) -> Result<()> {
-        let (is_xl, model) = (self.optimization_process != Process::Landmark, &self.model);
-        let exercises = self.exercises.as_ref().map_or(0, |options| options.rows(self.batch_size));
+        let is_xl = self.optimization_process != Process::Landmark;
         if self.whole_blocks && is_xl {
             return Err(Error::setting("whole_blocks", "the rows of transformer_xl have no blocks"));
         }
         if self.exercises.is_some() && !self.whole_blocks {
             return Err(Error::setting("exercise_rows", "exercises need --whole_blocks"));
         }
-        let Some(negatives) = &self.negatives else { return Ok(()) };
-        if model.model != Variant::Landmark || model.softmax_func != SoftmaxFunc::MemOpt || is_xl {
-            let message = "only --model landmark with --softmax_func mem_opt chooses blocks by their landmarks";
-            return Err(Error::setting("negative_rows", message));
-        }
-        Ok(negatives.check(model, self.batch_size, exercises)?)
+        Ok(())
     }
 
     /// Refuses to go on from a checkpoint of a run that other settings decided.

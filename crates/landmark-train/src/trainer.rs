@@ -1,23 +1,23 @@
 //! One training step, and an evaluation.
 
 use crate::error::{Error, Result};
+use crate::model::{Model, Training};
 use crate::optimizer::Optimizer;
-use crate::process::{Process, Training, mix};
+use crate::process::mix;
 use crate::schedule::Schedule;
 use crate::settings::Settings;
 use candle_core::{DType, Tensor};
 use landmark_data::Batch;
-use landmark_models::gpt::{Gpt, NegativeRows};
+use landmark_models::gpt::Gpt;
+use landmark_models::ops;
 use std::path::Path;
 
 /// A model in training, its optimizer, and how far they are.
-pub struct Trainer {
-    model: Gpt,
+pub struct Trainer<M: Model = Gpt> {
+    model: M,
     optimizer: Optimizer,
     schedule: Schedule,
-    process: Process,
-    negatives: Option<NegativeRows>,
-    seed: u64,
+    settings: Settings<M::Recipe>,
     iteration: usize,
     #[cfg(feature = "cuda")]
     numbers: crate::cuda::Numbers,
@@ -52,27 +52,23 @@ impl Evaluation {
     }
 }
 
-impl Trainer {
+impl<M: Model> Trainer<M> {
     /// A trainer that has made no step.
-    pub fn new(settings: &Settings, model: Gpt) -> Result<Self> {
+    pub fn new(settings: &Settings<M::Recipe>, model: M) -> Result<Self> {
         settings.check()?;
         let model = model.with_activation_checkpointing(settings.activation_checkpointing);
         #[cfg_attr(not(feature = "cuda"), allow(unused_mut))]
         let mut optimizer =
-            Optimizer::new(model.parameters(), settings.opt, settings.weight_decay, settings.grad_clip)?;
+            Optimizer::new(model.parameters(), settings.opt, settings.weight_decay, M::decays, settings.grad_clip)?;
         #[cfg(feature = "cuda")]
         if model.activations() == DType::BF16 {
             optimizer.keep_rounded()?;
         }
-        let (schedule, process) = (settings.schedule(), settings.optimization_process);
-        let Settings { negatives, seed, .. } = *settings;
         Ok(Self {
             model,
             optimizer,
-            schedule,
-            process,
-            negatives,
-            seed,
+            schedule: settings.schedule(),
+            settings: settings.clone(),
             iteration: 0,
             #[cfg(feature = "cuda")]
             numbers: Default::default(),
@@ -87,11 +83,12 @@ impl Trainer {
         self.numbers.restart();
         let mut tokens = 0;
         let rounded = self.optimizer.rounded();
+        let Settings { seed, negatives, acc_steps, mean_gradients, .. } = self.settings;
         for (micro, batch) in batches.into_iter().enumerate() {
             // Seeds all that is random in training.
-            let seed = mix(mix(self.seed, self.iteration as u64), micro as u64);
-            let training = Training { seed, negatives: self.negatives, rounded: rounded.clone() };
-            self.process.read(&self.model, &batch, Some(training), |read| {
+            let seed = mix(mix(seed, self.iteration as u64), micro as u64);
+            let training = Training { seed, negatives, rounded: rounded.clone() };
+            self.model.read(&self.settings, &batch, Some(training), |read| {
                 let loss = self.model.loss(&read.hidden, &read.targets, read.weights.as_ref())?;
                 // On a GPU a loss is on its way before the way back is launched, and read after that.
                 match loss.device().is_cpu() {
@@ -102,6 +99,7 @@ impl Trainer {
                     false => unreachable!("a model is on a GPU with the feature alone"),
                 }
                 let recording = read.recording.expect("a training step is recorded");
+                let loss = if mean_gradients { ops::scaled(&loss, 1. / acc_steps as f64)? } else { loss };
                 self.optimizer.accumulate(&mut gradients, &mut recording.backward(&loss)?)?;
                 Ok(())
             })?;
@@ -120,12 +118,12 @@ impl Trainer {
     }
 
     /// The model.
-    pub fn model(&self) -> &Gpt {
+    pub fn model(&self) -> &M {
         &self.model
     }
 
     /// The model, trained as far as it is.
-    pub fn into_model(self) -> Gpt {
+    pub fn into_model(self) -> M {
         self.model
     }
 
@@ -141,7 +139,7 @@ impl Trainer {
     }
 
     /// Goes on from what [`Trainer::save`] wrote, of which the caller has loaded the model.
-    pub(crate) fn load(settings: &Settings, model: Gpt, folder: &Path, iteration: usize) -> Result<Self> {
+    pub(crate) fn load(settings: &Settings<M::Recipe>, model: M, folder: &Path, iteration: usize) -> Result<Self> {
         let mut trainer = Self::new(settings, model)?;
         trainer.optimizer.load(&folder.join(OPTIMIZER))?;
         trainer.iteration = iteration;
@@ -154,11 +152,15 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 /// Measures a model on batches, without dropout. The loss is the mean of the windows' as the reference has it, but for
 /// Transformer-XL, where the reference adds those of a row up; accuracy is of positions that have a target (the reference
 /// counts the others as wrong).
-pub fn evaluate(model: &Gpt, process: Process, batches: impl IntoIterator<Item = Batch>) -> Result<Evaluation> {
+pub fn evaluate<M: Model>(
+    model: &M,
+    settings: &Settings<M::Recipe>,
+    batches: impl IntoIterator<Item = Batch>,
+) -> Result<Evaluation> {
     let model = model.detached();
     let (mut loss, mut windows, mut correct, mut targets) = (0., 0, 0, 0);
     for batch in batches {
-        process.read(&model, &batch, None, |read| {
+        model.read(settings, &batch, None, |read| {
             let scores = model.token_scores(&read.hidden, &read.targets)?;
             let scores = || scores.iter().flatten();
             let window_targets = scores().count();

@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Tensor};
 use landmark_data::Tokenizer;
 use landmark_models::gpt::{Gpt, GptConfig, MlpKind, Norm};
-use landmark_train::{Corpus, Data, Event, Limits, Outcome, Precision, Settings, train};
+use landmark_train::{Corpus, Data, Event, Limits, Outcome, Precision, Resume, Settings, train};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -48,7 +48,7 @@ fn data(settings: &Settings) -> Data {
 fn run(settings: &Settings, device: &Device, folder: Option<&Path>, stop_at: Option<usize>) -> (Vec<f64>, Gpt) {
     let stop = AtomicBool::new(false);
     let mut losses = Vec::new();
-    let limits = Limits { experiment: folder, resume: true, stop: Some(&stop), ..Limits::default() };
+    let limits = Limits { experiment: folder, resume: Resume::Newest, stop: Some(&stop), ..Limits::default() };
     let outcome = train(settings, &data(settings), device, &limits, &mut |event| {
         if let Event::Step(iteration, step, _) = event {
             losses.push(step.loss);

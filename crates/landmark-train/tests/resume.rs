@@ -3,7 +3,9 @@
 use candle_core::Device;
 use landmark_data::{ExerciseOptions, Tokenizer};
 use landmark_models::gpt::{Gpt, GptConfig, NegativeRows, Placement, PositionalEncoder, Variant};
-use landmark_train::{Corpus, Data, Error, Event, Limits, Method, Outcome, Process, Settings, checkpoint, train};
+use landmark_train::{
+    Corpus, Data, Error, Event, Limits, Method, Outcome, Process, Resume, Settings, checkpoint, train,
+};
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -49,6 +51,7 @@ fn data(settings: &Settings) -> Data {
 /// Trains in a folder until `stop_at`, if anywhere.
 fn run(settings: &Settings, folder: &Path, resume: bool, stop_at: Option<usize>) -> Result<Outcome, Error> {
     let stop = AtomicBool::new(false);
+    let resume = if resume { Resume::Newest } else { Resume::No };
     let limits = Limits { experiment: Some(folder), resume, stop: Some(&stop), ..Limits::default() };
     train(settings, &data(settings), &Device::Cpu, &limits, &mut |event| {
         if let Event::Step(iteration, ..) = event {
@@ -58,7 +61,7 @@ fn run(settings: &Settings, folder: &Path, resume: bool, stop_at: Option<usize>)
 }
 
 fn weights(folder: &Path, iteration: usize) -> Vec<u8> {
-    fs::read(checkpoint::path(folder, iteration).join("model.safetensors")).unwrap()
+    fs::read(checkpoint::EXPERIMENT.path(folder, iteration).join("model.safetensors")).unwrap()
 }
 
 /// The metrics without what depends on the clock.
@@ -138,7 +141,7 @@ fn a_stopped_and_resumed_run_ends_as_one_that_was_not() {
         for (resume, stop_at) in [(false, 2), (true, 3), (true, 8), (true, 11)] {
             let outcome = run(&settings, parts.path(), resume, Some(stop_at)).unwrap();
             let Outcome::Stopped { iteration, checkpoint, .. } = outcome else { panic!("it was to stop at {stop_at}") };
-            assert_eq!((iteration, checkpoint.unwrap()), (stop_at, checkpoint::path(parts.path(), stop_at)));
+            assert_eq!((iteration, checkpoint.unwrap()), (stop_at, checkpoint::EXPERIMENT.path(parts.path(), stop_at)));
         }
         assert!(matches!(run(&settings, parts.path(), true, None).unwrap(), Outcome::Finished { .. }));
         assert!(weights(whole.path(), 12) == weights(parts.path(), 12));
@@ -155,14 +158,14 @@ fn a_damaged_checkpoint_is_named_and_the_one_before_is_taken() {
     let (whole, damaged) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     run(&settings(), whole.path(), false, None).unwrap();
     run(&settings(), damaged.path(), false, Some(9)).unwrap();
-    let path = checkpoint::path(damaged.path(), 9).join("optimizer.safetensors");
+    let path = checkpoint::EXPERIMENT.path(damaged.path(), 9).join("optimizer.safetensors");
     let mut bytes = fs::read(&path).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&path, bytes).unwrap();
     fs::create_dir(damaged.path().join(".ckpt_10.new.tmp")).unwrap();
 
     let mut notes = Vec::new();
-    let limits = Limits { experiment: Some(damaged.path()), resume: true, ..Limits::default() };
+    let limits = Limits { experiment: Some(damaged.path()), resume: Resume::Newest, ..Limits::default() };
     train(&settings(), &data(&settings()), &Device::Cpu, &limits, &mut |event| {
         if let Event::Note(note) = event {
             notes.push(note);
@@ -198,7 +201,7 @@ fn work_is_not_overwritten_nor_continued_as_another_run() {
     // What changes no weight may change.
     let kept = Settings { keep_checkpoints: Some(1), save_checkpoint_freq: Some(2), ..settings() };
     run(&kept, folder.path(), true, None).unwrap();
-    assert_eq!(checkpoint::iterations(folder.path()).unwrap(), [12]);
+    assert_eq!(checkpoint::EXPERIMENT.iterations(folder.path()).unwrap(), [12]);
 }
 
 #[test]

@@ -116,7 +116,7 @@ fn a_step_is_that_of_one_pass_in_which_each_token_sees_the_same() {
             .map(|var| (var.as_tensor() - (gradients.get(var).unwrap() * settings.lr).unwrap()).unwrap())
             .collect();
 
-        let evaluation = evaluate(&model, settings.optimization_process, [batch.clone()]).unwrap();
+        let evaluation = evaluate(&model, &settings, [batch.clone()]).unwrap();
         assert!((evaluation.loss - mean).abs() < 1e-11, "{total} {cache}: {} is not {mean}", evaluation.loss);
         let mut trainer = Trainer::new(&settings, model).unwrap();
         let step = trainer.step([batch]).unwrap();
@@ -155,7 +155,7 @@ fn a_window_sees_what_was_before_it() {
     }
     let mut other = batch.clone();
     other.inputs[2] = (other.inputs[2] + 1) % 38;
-    let loss = |batch: &Batch| evaluate(&model, settings.optimization_process, [batch.clone()]).unwrap().loss;
+    let loss = |batch: &Batch| evaluate(&model, &settings, [batch.clone()]).unwrap().loss;
     assert!((loss(&batch) - loss(&other)).abs() > 1e-6);
     let alone = Tensor::from_vec(
         batch.inputs.chunks(2 * WINDOW).flat_map(|row| row[WINDOW..].to_vec()).collect(),

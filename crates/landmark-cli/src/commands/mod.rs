@@ -6,11 +6,14 @@ pub mod completions;
 pub mod demo;
 pub mod eval;
 pub mod export;
+pub mod finetune;
 pub mod generate;
+pub mod merge;
 pub mod passkey;
 pub mod plot;
 pub mod prepare;
 pub mod train;
+pub mod weight_diff;
 
 use clap::Subcommand;
 use std::process::ExitCode;
@@ -22,6 +25,8 @@ pub enum Command {
     Prepare(prepare::Args),
     /// Train a model
     Train(Box<train::Args>),
+    /// Make a landmark model of a LLaMA
+    Finetune(Box<finetune::Args>),
     /// Perplexity and accuracy over texts of any length, and the paper's tables
     Eval(Box<eval::Args>),
     /// Draw the curves of training runs
@@ -32,12 +37,17 @@ pub enum Command {
     Demo(Box<demo::Args>),
     /// Write a trained model without what training needs, to be handed on
     Export(export::Args),
+    /// Make one model of a LLaMA and the adapter that was trained beside it
+    Merge(merge::Args),
     /// Go on with a text of any length
     Generate(Box<generate::Args>),
     /// Talk with a model, about a text of any length
     Chat(Box<chat::Args>),
     /// Test whether the model finds a number that was told once, somewhere in a long text
     Passkey(Box<passkey::Args>),
+    /// Write a fine-tuned LLaMA as its difference from what it was made of, and back
+    #[command(name = "weight_diff")]
+    WeightDiff(weight_diff::Args),
     /// Print completions for a shell
     Completions(completions::Args),
 }
@@ -48,14 +58,17 @@ impl Command {
         match self {
             Self::Prepare(args) => prepare::run(args),
             Self::Train(args) => train::run(*args),
+            Self::Finetune(args) => finetune::run(*args),
             Self::Eval(args) => eval::run(*args),
             Self::Plot(args) => plot::run(args),
             Self::Bench(args) => bench::run(args),
             Self::Demo(args) => demo::run(*args),
             Self::Export(args) => export::run(args),
+            Self::Merge(args) => merge::run(args),
             Self::Generate(args) => generate::run(*args),
             Self::Chat(args) => chat::run(*args),
             Self::Passkey(args) => passkey::run(*args),
+            Self::WeightDiff(args) => weight_diff::run(args),
             Self::Completions(args) => completions::run(args),
         }
     }

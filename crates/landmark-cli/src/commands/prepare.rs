@@ -7,9 +7,10 @@ use anyhow::Context;
 use clap::ValueEnum;
 use landmark_data::prepare::{self, Options, Preparation, Vocabulary, WORK_FOLDER};
 use landmark_data::{Error, Tokenizer};
+use landmark_train::Tuning;
 use progress::Bar;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -42,7 +43,7 @@ pub struct Args {
     /// The text: files, or folders that hold some
     #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
     data_dir: Vec<PathBuf>,
-    /// gpt2, bytes, or the path of a tokenizer.json
+    /// gpt2, bytes, or the path of a tokenizer.json, of a model's folder or of its GGUF file
     #[arg(long, value_name = "NAME", default_value = "bytes", conflicts_with = "train_tokenizer")]
     tokenizer: String,
     /// Train a byte-level BPE of N entries on the training text, end-of-text and the landmark among them
@@ -90,6 +91,14 @@ enum OnError {
     Skip,
 }
 
+/// The tokenizer of that name; a GGUF file has its own in it.
+fn tokenizer_named(name: &str) -> anyhow::Result<Tokenizer> {
+    match name.ends_with(".gguf") {
+        true => Ok(Tuning::tokenizer(Path::new(name))?.tokenizer),
+        false => Ok(Tokenizer::named(name)?),
+    }
+}
+
 /// Prepares.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let Args {
@@ -109,7 +118,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let save_every = Duration::try_from_secs_f64(save_every).context("--save_every")?;
     let vocabulary = match train_tokenizer {
         Some(entries) => Vocabulary::Train { entries, split_digits },
-        None => Vocabulary::Given(Tokenizer::named(&tokenizer).context("--tokenizer")?),
+        None => Vocabulary::Given(tokenizer_named(&tokenizer).context("--tokenizer")?),
     };
     let options = Options {
         dataset: dataset.into(),

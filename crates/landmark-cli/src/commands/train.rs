@@ -2,7 +2,7 @@
 
 mod flags;
 mod name;
-mod progress;
+pub mod progress;
 mod refused;
 mod sample;
 
@@ -17,7 +17,7 @@ use landmark_models::gpt::{
     Gpt, GptConfig, MlpKind, NegativeRows, Norm, Placement, PositionalEncoder, SoftmaxFunc, Variant,
 };
 use landmark_train::{
-    Anneal, Corpus, Data, Limits, Method, Outcome, Precision, Process, Sample, Settings, Vocabulary, Wandb,
+    Anneal, Corpus, Data, Limits, Method, Outcome, Precision, Process, Resume, Sample, Settings, Vocabulary, Wandb,
 };
 use progress::Progress;
 use std::path::{Component, Path, PathBuf};
@@ -90,7 +90,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let limits = Limits {
         experiment: Some(&experiment),
-        resume: flags.resume,
+        resume: if flags.resume { Resume::Newest } else { Resume::No },
         init_from: init_from.as_deref(),
         stop: Some(&STOP),
         time,
@@ -280,7 +280,9 @@ fn settings(flags: &Flags, vocabulary: &Vocabulary, device: &Device) -> anyhow::
             negative_top_k: flags.negative_top_k,
         }),
         batch_size: flags.batch_size,
+        eval_batch_size: None,
         acc_steps: flags.acc_steps,
+        mean_gradients: false,
         seed: flags.seed,
         iterations: flags.iterations,
         lr: flags.lr,
@@ -297,6 +299,7 @@ fn settings(flags: &Flags, vocabulary: &Vocabulary, device: &Device) -> anyhow::
         },
         weight_decay: flags.weight_decay,
         grad_clip: flags.grad_clip,
+        logging_steps: None,
         eval_freq: flags.eval_freq,
         save_checkpoint_freq: flags.save_checkpoint_freq,
         keep_checkpoints: flags.keep_checkpoints,

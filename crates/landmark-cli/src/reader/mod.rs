@@ -13,6 +13,7 @@ use landmark_memory::{BlockRead, LandmarkCache};
 use landmark_models::gpt::Gpt;
 use landmark_models::llama::{Gguf, Llama};
 use landmark_models::{IGNORE, Model, hub};
+use landmark_train::checkpoint::EXPERIMENT;
 pub use memory::{Memory, fitting};
 pub use setting::{Reading, Setting};
 use std::path::{Path, PathBuf};
@@ -255,8 +256,8 @@ pub fn model_path(flag: &str, named: &Path) -> anyhow::Result<PathBuf> {
     if path.is_file() || path.join("config.json").exists() {
         return Ok(path);
     }
-    let newest = landmark_train::checkpoint::iterations(&path)?.pop();
-    let newest = newest.map(|iteration| landmark_train::checkpoint::path(&path, iteration));
+    let newest = EXPERIMENT.iterations(&path)?.pop();
+    let newest = newest.map(|iteration| EXPERIMENT.path(&path, iteration));
     newest.with_context(|| {
         format!("--{flag} {}: no model in it: neither a config.json nor a folder ckpt_N", path.display())
     })

@@ -103,11 +103,12 @@ impl Tokenizer {
         Self::parse(path, zstd::decode_all(GPT2).map_err(Error::io(path))?)
     }
 
-    /// The tokenizer that a command line names: `bytes`, `gpt2`, or the path of a `tokenizer.json`.
+    /// The tokenizer that a command line names: `bytes`, `gpt2`, or the path of a `tokenizer.json` or of the folder that it is in.
     pub fn named(name: &str) -> Result<Self> {
         match name {
             "bytes" => Ok(Self::bytes()),
             "gpt2" => Self::gpt2(),
+            path if Path::new(path).is_dir() => Self::from_file(Path::new(path).join(crate::TOKENIZER_FILE)),
             path => Self::from_file(path),
         }
     }

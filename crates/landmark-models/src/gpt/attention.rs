@@ -107,7 +107,7 @@ impl WindowAttention {
         let (batch, time) = window(ids, longest)?;
         let ids = ops::ids(OP, "ids", ids)?;
         let is_landmark: Vec<u8> = ids.iter().map(|&id| (Some(id) == landmark) as u8).collect();
-        let rotation = rope(time).at(&(0..time as i64).collect::<Vec<_>>());
+        let rotation = rotation(&rope(time), (0..time as i64).collect());
         let params = LandmarkParams::new(landmarks(&is_landmark, batch, time)?);
         Ok(Self { batch, time, rotation, params, seed: 0, miss: None, negatives: None })
     }

@@ -32,6 +32,13 @@ impl LlamaConfig {
             other => other,
         })
     }
+
+    /// Writes it into the folder `dir`, which exists.
+    pub(super) fn save(&self, dir: &Path) -> Result<()> {
+        replace(&dir.join(CONFIG), |path| fs::write(path, self.to_json()).map_err(at(path)))?;
+        // The renames themselves are in the directory.
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(at(dir))
+    }
 }
 
 impl Llama {
@@ -56,7 +63,8 @@ impl Llama {
     }
 
     /// Writes `config.json` and the weights, as `dtype`, into `dir`, which is made if it does not exist; files of an earlier model are
-    /// replaced. Nothing is written of what learns nothing and is quantized but its values.
+    /// replaced. Nothing is written of what learns nothing and is quantized but its values; of a model with adapters, the model without them
+    /// ([`Llama::freeze`] merges them, [`Llama::save_adapter`] writes them).
     pub fn save(&self, dir: impl AsRef<Path>, dtype: DType) -> Result<()> {
         self.save_in_shards(dir.as_ref(), dtype, SHARD)
     }
@@ -105,9 +113,7 @@ impl Llama {
         for field in ["torch_dtype", "dtype"] {
             config.other.insert(field.into(), name.into());
         }
-        replace(&dir.join(CONFIG), |path| fs::write(path, config.to_json()).map_err(at(path)))?;
-        // The renames themselves are in the directory.
-        File::open(dir).and_then(|dir| dir.sync_all()).map_err(at(dir))
+        config.save(dir)
     }
 }
 

@@ -6,6 +6,7 @@
 mod config;
 mod gguf;
 mod load;
+mod lora;
 mod matrix;
 mod model;
 mod parameters;
@@ -14,6 +15,7 @@ mod rope;
 pub use config::{Architecture, LandmarkConfig, LlamaConfig};
 pub use gguf::Gguf;
 pub use load::weight_files;
+pub use lora::{LORA_MODULES, LoraConfig};
 pub use matrix::Matrix;
 pub use model::Llama;
 pub use rope::RopeScaling;

@@ -10,6 +10,7 @@ use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, Normal};
 
 use super::config::{LandmarkConfig, LlamaConfig};
+use super::lora::{Adapter, LANDMARK_ROW, LoraConfig};
 use super::matrix::Matrix;
 use super::parameters::{self, EMBEDDING, HEAD, NORM};
 use crate::gpt::WindowAttention;
@@ -23,7 +24,9 @@ use crate::{Error, Result};
 pub struct Llama {
     config: LlamaConfig,
     weights: Weights,
+    lora: Option<LoraConfig>,
     embedding: Matrix,
+    landmark_row: Option<Tensor>,
     layers: Vec<Arc<Layer>>,
     norm: Norm,
     head: Matrix,
@@ -33,11 +36,11 @@ pub struct Llama {
 
 /// All weights, under Hugging Face's names.
 #[derive(Debug, Clone, Default)]
-struct Weights {
-    /// Those that learn.
-    parameters: BTreeMap<String, Var>,
+pub(super) struct Weights {
+    /// Those that learn; of a model with adapters these alone.
+    pub parameters: BTreeMap<String, Var>,
     /// Those that do not.
-    frozen: BTreeMap<String, Matrix>,
+    pub frozen: BTreeMap<String, Matrix>,
 }
 
 #[derive(Debug)]
@@ -70,53 +73,60 @@ impl Norm {
 struct Linear {
     w: Matrix,
     b: Option<Tensor>,
+    adapter: Option<Adapter>,
+    /// Tells the dropout of one adapter from that of another.
+    place: u64,
 }
 
 impl Linear {
-    fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        self.w.linear(x, self.b.as_ref(), None)
+    /// The map, or `residual` and the map. `seed` is a training step's.
+    fn apply(&self, x: &Tensor, residual: Option<&Tensor>, seed: Option<u64>) -> Result<Tensor> {
+        let y = self.w.linear(x, self.b.as_ref(), residual)?;
+        match &self.adapter {
+            None => Ok(y),
+            Some(adapter) => adapter.onto(x, &y, seed.map(|seed| ops::mix64(seed ^ ops::mix64(self.place)))),
+        }
     }
 
-    fn onto(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        self.w.linear(x, self.b.as_ref(), Some(residual))
+    fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let w = if let Matrix::Dense(w) = &self.w { Some(w) } else { None };
+        w.into_iter().chain(&self.b).chain(self.adapter.iter().flat_map(Adapter::tensors))
     }
+}
+
+/// What a layer needs to know of the model and of the step.
+#[derive(Debug, Clone, Copy)]
+struct Step {
+    heads: usize,
+    kv_heads: usize,
+    activations: DType,
+    seed: Option<u64>,
 }
 
 impl Layer {
     /// `x` `[B, T, C]` as this layer, the `index`-th, leaves it.
-    fn forward(
-        &self,
-        x: &Tensor,
-        index: usize,
-        attention: &mut dyn Attend,
-        [heads, kv_heads]: [usize; 2],
-        activations: DType,
-    ) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, index: usize, attention: &mut dyn Attend, step: Step) -> Result<Tensor> {
+        let Step { heads, kv_heads, activations, seed } = step;
         let normal = self.input_norm.apply(x, activations)?;
-        let mut q = ops::split_heads(&self.q.apply(&normal)?, heads)?;
-        let mut k = ops::split_heads(&self.k.apply(&normal)?, kv_heads)?;
-        let v = ops::split_heads(&self.v.apply(&normal)?, kv_heads)?;
+        let mut q = ops::split_heads(&self.q.apply(&normal, None, seed)?, heads)?;
+        let mut k = ops::split_heads(&self.k.apply(&normal, None, seed)?, kv_heads)?;
+        let v = ops::split_heads(&self.v.apply(&normal, None, seed)?, kv_heads)?;
         if let Some([q_norm, k_norm]) = &self.qk_norm {
             (q, k) = (q_norm.apply(&q, activations)?, k_norm.apply(&k, activations)?);
         }
         let o = ops::attend(attention, index, [&q, &k, &v], activations)?;
-        let x = self.o.onto(&ops::join_heads(&o)?, x)?;
+        let x = self.o.apply(&ops::join_heads(&o)?, Some(x), seed)?;
         let normal = self.post_attention_norm.apply(&x, activations)?;
-        let inner = ops::swiglu(&self.gate.apply(&normal)?, &self.up.apply(&normal)?)?;
-        self.down.onto(&inner, &x)
+        let inner = ops::swiglu(&self.gate.apply(&normal, None, seed)?, &self.up.apply(&normal, None, seed)?)?;
+        self.down.apply(&inner, Some(&x), seed)
     }
 
-    fn parameters(&self) -> Vec<&Tensor> {
+    /// What learns of it.
+    fn variables(&self) -> Vec<&Tensor> {
         let Self { input_norm, q, k, v, qk_norm, o, post_attention_norm, gate, up, down } = self;
         let norms = [input_norm, post_attention_norm].into_iter().chain(qk_norm.iter().flatten()).map(|norm| &norm.w);
-        let maps = [q, k, v, o, gate, up, down].into_iter().flat_map(|map| {
-            let w = match &map.w {
-                Matrix::Dense(w) => Some(w),
-                Matrix::Quantized(_) => None,
-            };
-            w.into_iter().chain(&map.b)
-        });
-        norms.chain(maps).collect()
+        let linears = [q, k, v, o, gate, up, down].into_iter().flat_map(Linear::tensors);
+        norms.chain(linears).filter(|tensor| tensor.is_variable()).collect()
     }
 }
 
@@ -160,7 +170,7 @@ impl Llama {
             // A copy: the parameter must not share its storage with a tensor that the caller keeps.
             parameters.insert(name, Var::from_tensor(&tensor.force_contiguous()?.detach())?);
         }
-        Self::assemble(config.clone(), Weights { parameters, frozen: BTreeMap::new() }, true)
+        Self::assemble(config.clone(), Weights { parameters, frozen: BTreeMap::new() }, None, true)
     }
 
     /// A model that does not learn, with these weights: exactly the parameters of the configuration; its matrices may be quantized, or of bf16
@@ -179,6 +189,7 @@ impl Llama {
         Self::assemble(
             config.clone(),
             Weights { parameters: BTreeMap::new(), frozen: weights.into_iter().collect() },
+            None,
             false,
         )
     }
@@ -186,29 +197,40 @@ impl Llama {
     /// The same model, with the same weights in memory, that leaves no graph for a gradient: for evaluation. It sees every later
     /// change of the parameters.
     pub fn detached(&self) -> Self {
-        let model = Self::assemble(self.config.clone(), self.weights.clone(), false);
+        let model = Self::assemble(self.config.clone(), self.weights.clone(), self.lora.clone(), false);
         let Self { activations, recomputes, .. } = *self;
         Self { activations, recomputes, ..model.expect("the weights were checked") }
     }
 
-    fn assemble(config: LlamaConfig, weights: Weights, tracked: bool) -> Result<Self> {
+    fn assemble(config: LlamaConfig, weights: Weights, lora: Option<LoraConfig>, tracked: bool) -> Result<Self> {
         config.validate()?;
-        let find = |name: &str| match weights.parameters.get(name) {
-            Some(var) => Some(Matrix::Dense(if tracked { var.as_tensor().clone() } else { var.as_detached_tensor() })),
-            None => weights.frozen.get(name).cloned(),
+        let parameter = |name: &str| {
+            let var = weights.parameters.get(name)?;
+            Some(if tracked { var.as_tensor().clone() } else { var.as_detached_tensor() })
         };
+        let find = |name: &str| parameter(name).map(Matrix::Dense).or_else(|| weights.frozen.get(name).cloned());
         let matrix = |name: &str| find(name).expect("the weights were checked");
         let vector = |name: &str| find(name).as_ref().map(Matrix::dense).transpose();
         let norm = |name: &str| {
             Ok::<_, Error>(Norm { w: vector(name)?.expect("the weights were checked"), eps: config.rms_norm_eps })
         };
-        let linear = |name: String| {
-            Ok::<_, Error>(Linear { w: matrix(&format!("{name}.weight")), b: vector(&format!("{name}.bias"))? })
+        let adapter = |name: &str| {
+            let LoraConfig { r, lora_alpha, lora_dropout: dropout, .. } = *lora.as_ref()?;
+            let [a, b] = ["A", "B"].map(|half| parameter(&format!("{name}.lora_{half}.weight")));
+            Some(Adapter { a: a?, b: b?, scale: lora_alpha / r as f64, dropout })
         };
-        let layer = |layer: usize| {
-            let layer = format!("model.layers.{layer}");
+        let linear = |name: String, place: u64| {
+            let (w, b) = (matrix(&format!("{name}.weight")), vector(&format!("{name}.bias"))?);
+            Ok::<_, Error>(Linear { w, b, adapter: adapter(&name), place })
+        };
+        let layer = |index: usize| {
+            let layer = format!("model.layers.{index}");
             let norm = |name: &str| norm(&format!("{layer}.{name}.weight"));
-            let linear = |name: &str| linear(format!("{layer}.{name}"));
+            let mut place = 7 * index as u64;
+            let mut linear = |name: &str| {
+                place += 1;
+                linear(format!("{layer}.{name}"), place)
+            };
             let qk_norm = match config.qk_norm() {
                 true => Some([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]),
                 false => None,
@@ -229,8 +251,9 @@ impl Llama {
         let layers = (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?;
         let (embedding, norm) = (matrix(EMBEDDING), norm(NORM)?);
         let head = if config.tie_word_embeddings { embedding.clone() } else { matrix(HEAD) };
-        let activations = norm.w.dtype();
-        Ok(Self { config, weights, embedding, layers, norm, head, activations, recomputes: false })
+        let (landmark_row, activations) = (parameter(LANDMARK_ROW), norm.w.dtype());
+        let recomputes = false;
+        Ok(Self { config, weights, lora, embedding, landmark_row, layers, norm, head, activations, recomputes })
     }
 
     /// The configuration.
@@ -238,23 +261,55 @@ impl Llama {
         &self.config
     }
 
-    /// The parameters that learn, by Hugging Face's names; a tied head is the embedding.
+    /// The parameters that learn, by Hugging Face's names; a tied head is the embedding. Of a model with adapters by `peft`'s, without their
+    /// prefix.
     pub fn parameters(&self) -> &BTreeMap<String, Var> {
         &self.weights.parameters
     }
 
-    /// All weights, by Hugging Face's names.
+    /// All weights, by Hugging Face's names, without adapters.
     pub fn weights(&self) -> impl Iterator<Item = (&str, Matrix)> {
-        let learn =
-            self.weights.parameters.iter().map(|(name, w)| (name.as_str(), Matrix::Dense(w.as_detached_tensor())));
+        let learn = self.weights.parameters.iter().filter(|_| self.lora.is_none());
+        let learn = learn.map(|(name, w)| (name.as_str(), Matrix::Dense(w.as_detached_tensor())));
         learn.chain(self.weights.frozen.iter().map(|(name, w)| (name.as_str(), w.clone())))
     }
 
-    /// The same model, none of whose weights learns from now on.
+    pub(super) fn all_weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    pub(super) fn weight(&self, name: &str) -> Matrix {
+        self.weights().find(|(other, _)| *other == name).expect("the weights were checked").1
+    }
+
+    /// The adapters, if there are some.
+    pub fn lora(&self) -> Option<&LoraConfig> {
+        self.lora.as_ref()
+    }
+
+    /// The same model, none of whose weights learns from now on. Adapters are merged into the weights, and quantized ones that have an adapter
+    /// become dense.
     pub fn freeze(self) -> Result<Self> {
-        let weights = self.weights().map(|(name, w)| (name.to_string(), w)).collect();
-        let model = Self::assemble(self.config, Weights { parameters: BTreeMap::new(), frozen: weights }, false)?;
+        let frozen = match &self.lora {
+            Some(lora) => self.merge(lora)?,
+            None => self.weights().map(|(name, w)| (name.to_string(), w)).collect(),
+        };
+        let model = Self::assemble(self.config, Weights { parameters: BTreeMap::new(), frozen }, None, false)?;
         Ok(Self { activations: self.activations, recomputes: self.recomputes, ..model })
+    }
+
+    /// A frozen model with these adapters.
+    pub(super) fn with_parameters(self, parameters: BTreeMap<String, Var>, lora: LoraConfig) -> Result<Self> {
+        let Self { config, weights: Weights { frozen, .. }, activations, recomputes, .. } = self;
+        let model = Self::assemble(config, Weights { parameters, frozen }, Some(lora), true)?;
+        Ok(Self { activations, recomputes, ..model })
+    }
+
+    /// The same model, which keeps of a training step the input of each layer alone and computes the layer again on the way back, as
+    /// [`Gpt::with_activation_checkpointing`](crate::gpt::Gpt::with_activation_checkpointing).
+    pub fn with_activation_checkpointing(mut self, on: bool) -> Self {
+        self.recomputes = on;
+        self
     }
 
     /// The same model whose activations are of this type: that of the parameters, or on a GPU bf16. The residual stream keeps the
@@ -267,13 +322,6 @@ impl Llama {
         }
         self.activations = dtype;
         Ok(self)
-    }
-
-    /// The same model, which keeps of a training step the input of each layer alone and computes the layer again on the way back; see
-    /// [`Gpt::with_activation_checkpointing`](crate::gpt::Gpt::with_activation_checkpointing).
-    pub fn with_activation_checkpointing(mut self, on: bool) -> Self {
-        self.recomputes = on;
-        self
     }
 
     /// The element type of the activations, and so of the keys and values that attention is given.
@@ -296,8 +344,19 @@ impl Llama {
     ///
     /// # Errors
     /// An id that is one of the tokenizer's own, or one far beyond them.
-    pub fn with_landmarks(self, landmarks: LandmarkConfig, known: usize) -> Result<Self> {
-        let Self { mut config, weights: Weights { mut parameters, mut frozen }, activations, recomputes, .. } = self;
+    pub fn with_landmarks(mut self, landmarks: LandmarkConfig, known: usize) -> Result<Self> {
+        // A model that has this landmark already: its block or its window may become another.
+        if self.config.landmarks.is_some_and(|own| own.mem_id == landmarks.mem_id) {
+            self.config.landmarks = Some(landmarks);
+            self.config.validate()?;
+            return Ok(self);
+        }
+        let Self { mut config, weights: Weights { mut parameters, mut frozen }, activations, recomputes, lora, .. } =
+            self;
+        if lora.is_some() {
+            let (got, expected) = ("a model with adapters".to_string(), "landmarks before adapters".to_string());
+            return Err(Error::Value { op: "with_landmarks", name: "self", got, expected });
+        }
         let (id, rows) = (landmarks.mem_id as usize, config.vocab_size);
         if known == 0 || known > rows {
             let expected = format!("1 to {rows}, as the embedding has rows");
@@ -326,7 +385,7 @@ impl Llama {
         config.vocab_size = rows.max(id + 1);
         config.landmarks = Some(landmarks);
         let tracked = !parameters.is_empty();
-        Ok(Self { activations, recomputes, ..Self::assemble(config, Weights { parameters, frozen }, tracked)? })
+        Ok(Self { activations, recomputes, ..Self::assemble(config, Weights { parameters, frozen }, None, tracked)? })
     }
 
     /// Attention for windows `ids` `[B, T]` (u32): dense, or through the landmarks among them if the model has landmarks.
@@ -338,21 +397,26 @@ impl Llama {
 
     /// The hidden states `[B, T, C]`, after the last normalisation, of `ids` `[B, T]` (u32, best on the CPU, where they are checked).
     pub fn hidden(&self, ids: &Tensor, attention: &mut dyn Attend) -> Result<Tensor> {
+        self.hidden_in_training(ids, attention, None)
+    }
+
+    /// The same for a training step: `seed` decides what the adapters' dropout drops.
+    pub fn hidden_in_training(&self, ids: &Tensor, attention: &mut dyn Attend, seed: Option<u64>) -> Result<Tensor> {
         if ids.rank() != 2 {
             let expected = "[batch, time]".to_string();
             return Err(Error::Shape { op: "Llama::hidden", tensor: "ids", got: ids.dims().to_vec(), expected });
         }
-        let heads = [self.config.num_attention_heads, self.config.num_key_value_heads];
-        let activations = self.activations;
-        let mut x = self.embedding.embedding(ids)?;
+        let LlamaConfig { num_attention_heads: heads, num_key_value_heads: kv_heads, .. } = self.config;
+        let step = Step { heads, kv_heads, activations: self.activations, seed };
+        let mut x = self.embed(ids)?;
         for (index, layer) in self.layers.iter().enumerate() {
             x = match self.recomputes.then(|| attention.again()).flatten() {
-                None => layer.forward(&x, index, attention, heads, activations)?,
+                None => layer.forward(&x, index, attention, step)?,
                 Some(again) => {
                     let (of, again) = (layer.clone(), Mutex::new(again));
-                    ops::recomputed(&x, &layer.parameters(), move |x| {
+                    ops::recomputed(&x, &layer.variables(), move |x| {
                         let mut again = again.lock().unwrap_or_else(PoisonError::into_inner);
-                        of.forward(x, index, &mut **again, heads, activations)
+                        of.forward(x, index, &mut **again, step)
                     })?
                 }
             };
@@ -360,20 +424,47 @@ impl Llama {
         self.norm.apply(&x, self.activations)
     }
 
+    /// The rows of the embedding `[B, T, C]`, the landmark's own one where that learns apart from the others.
+    fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        let x = self.embedding.embedding(ids)?;
+        let (Some(row), Some(landmarks)) = (&self.landmark_row, self.config.landmarks) else { return Ok(x) };
+        let is_landmark = ids.eq(landmarks.mem_id)?.to_dtype(x.dtype())?.to_device(x.device())?.unsqueeze(2)?;
+        let others = x.broadcast_mul(&is_landmark.affine(-1., 1.)?)?;
+        ops::bridge([row], |[row]| others.broadcast_add(&is_landmark.broadcast_mul(row)?))
+    }
+
+    /// The head, which with a tied embedding has the landmark's own row too.
+    fn head(&self) -> Result<Matrix> {
+        let (Some(row), Some(landmarks)) = (&self.landmark_row, self.config.landmarks) else {
+            return Ok(self.head.clone());
+        };
+        if !self.config.tie_word_embeddings {
+            return Ok(self.head.clone());
+        }
+        let (table, id) = (self.head.dense()?, landmarks.mem_id as usize);
+        let after = table.narrow(0, id + 1, table.dim(0)? - id - 1)?;
+        let table = ops::bridge([row], |[row]| {
+            let before = table.narrow(0, 0, id)?;
+            let row = row.to_dtype(table.dtype())?;
+            if after.dim(0)? == 0 { Tensor::cat(&[&before, &row], 0) } else { Tensor::cat(&[&before, &row, &after], 0) }
+        })?;
+        Ok(Matrix::Dense(table))
+    }
+
     /// The logits `[.., V]` of hidden states `[.., C]`.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.head.linear(hidden, None, None)
+        self.head()?.linear(hidden, None, None)
     }
 
     /// The mean cross entropy of `targets` `[..]` (u32, [`IGNORE`](crate::IGNORE) where there is none) under hidden states `[.., C]`, by
     /// `weights` `[..]` (f32) if there are any: a scalar, differentiable. The logits are never all in memory.
     pub fn loss(&self, hidden: &Tensor, targets: &Tensor, weights: Option<&Tensor>) -> Result<Tensor> {
-        self.head.cross_entropy(hidden, targets, weights)
+        self.head()?.cross_entropy(hidden, targets, weights)
     }
 
     /// Loss and accuracy target by target, in row-major order, `None` where there is no target; arguments as for [`Llama::loss`].
     pub fn token_scores(&self, hidden: &Tensor, targets: &Tensor) -> Result<Vec<Option<TokenScore>>> {
-        self.head.token_scores(hidden, targets)
+        self.head()?.token_scores(hidden, targets)
     }
 }
 

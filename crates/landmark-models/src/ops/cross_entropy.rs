@@ -34,7 +34,7 @@ pub struct TokenScore {
 /// `targets` `[..]` of u32. A scalar. `weights` `[..]` of f32, none negative, weigh the positions in that mean.
 ///
 /// When a gradient can be asked for it is computed here, while the logits of a chunk are at hand; the backward pass
-/// only scales it.
+/// only scales it; none is computed of a `w` that is no variable.
 pub fn cross_entropy(x: &Tensor, w: &Tensor, targets: &Tensor, weights: Option<&Tensor>) -> Result<Tensor> {
     on_gpu!(x, super::cuda::cross_entropy(x, w, targets, weights));
     by_dtype!(OP, "x", x, loss(x, w, targets, weights))
@@ -93,12 +93,13 @@ fn loss<T: Real>(x: &Tensor, w: &Tensor, targets: &Tensor, weights: Option<&Tens
     let shares = shares(&targets, weights, shape)?;
     let x = x.contiguous()?;
     let tape = Tape::new(OP, &[&x, w])?;
+    let learns = tape.tracked() && tape.wants(w);
     let (loss, grads) = {
         let (x_nc, w_vc) = (Elements::<T>::of(OP, "x", &x)?, Elements::<T>::of(OP, "w", w)?);
         let w_vc = Matrix::new(&w_vc, vocab, width);
         let step = (CHUNK / vocab).clamp(1, n);
         let (mut dx, mut dw) = match tape.tracked() {
-            true => (vec![T::zero(); n * width], vec![T::zero(); vocab * width]),
+            true => (vec![T::zero(); n * width], vec![T::zero(); if learns { vocab * width } else { 0 }]),
             false => (Vec::new(), Vec::new()),
         };
         let mut total = 0.;
@@ -117,7 +118,9 @@ fn loss<T: Real>(x: &Tensor, w: &Tensor, targets: &Tensor, weights: Option<&Tens
             }
             total += softmax_less_target(&mut logits, vocab, targets, shares);
             let d_logits = Matrix::new(&logits, targets.len(), vocab);
-            add_product(&mut dw, d_logits.t(), x);
+            if learns {
+                add_product(&mut dw, d_logits.t(), x);
+            }
             product_into(&mut dx[chunk * step * width..][..targets.len() * width], d_logits, w_vc);
         }
         (total, (dx, dw))
@@ -126,7 +129,8 @@ fn loss<T: Real>(x: &Tensor, w: &Tensor, targets: &Tensor, weights: Option<&Tens
     let grads = match tape.tracked() {
         true => {
             let (dx, dw) = grads;
-            Some((Tensor::from_vec(dx, x_shape, &device)?, Tensor::from_vec(dw, w_shape, &device)?))
+            let dw = if learns { Tensor::from_vec(dw, w_shape, &device)? } else { w.detach() };
+            Some((Tensor::from_vec(dx, x_shape, &device)?, dw))
         }
         false => None,
     };
@@ -135,6 +139,7 @@ fn loss<T: Real>(x: &Tensor, w: &Tensor, targets: &Tensor, weights: Option<&Tens
         let scale = grad.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?;
         Ok(match scale {
             1. => vec![dx.clone(), dw.clone()],
+            scale if !learns => vec![dx.affine(scale, 0.)?, dw.clone()],
             scale => vec![dx.affine(scale, 0.)?, dw.affine(scale, 0.)?],
         })
     })

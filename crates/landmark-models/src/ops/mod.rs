@@ -37,6 +37,11 @@ pub(crate) use elements::ids;
 pub(crate) use quantized::quantized_linear;
 pub(crate) use record::{attend, bridge, recomputed};
 
+/// `factor * x`.
+pub fn scaled(x: &candle_core::Tensor, factor: f64) -> crate::Result<candle_core::Tensor> {
+    bridge([x], |[x]| x * factor)
+}
+
 /// Calls a function that is generic over the element type with the type of a tensor.
 macro_rules! by_dtype {
     ($op:expr, $name:expr, $tensor:expr, $f:ident($($arg:expr),* $(,)?)) => {

@@ -8,9 +8,9 @@ mod tensorboard;
 mod wandb;
 
 use crate::error::Result;
-use crate::settings::Settings;
 use crate::trainer::{Evaluation, Step};
 use metrics::Metrics;
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 use std::time::Duration;
@@ -28,7 +28,7 @@ impl Logs {
     pub(crate) fn open(
         folder: &Path,
         iteration: usize,
-        settings: &Settings,
+        settings: &impl Serialize,
         wandb: Option<&Wandb>,
         note: &mut dyn FnMut(String),
     ) -> Result<Self> {
@@ -104,7 +104,7 @@ impl Logs {
 }
 
 /// Settings as one flat table, as the reference's `vars(args)`: an optimizer, say, becomes its name and its numbers.
-fn flat(settings: &Settings) -> Map<String, Value> {
+fn flat(settings: &impl Serialize) -> Map<String, Value> {
     fn put(table: &mut Map<String, Value>, key: String, value: Value) {
         match value {
             Value::Object(fields) => {
@@ -134,7 +134,7 @@ fn flat(settings: &Settings) -> Map<String, Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Process;
+    use crate::{Process, Settings};
     use landmark_models::gpt::GptConfig;
 
     #[test]

@@ -14,7 +14,6 @@ mod record;
 use super::flat;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::settings::Settings;
 use log::Log;
 use record::{Exit, Header, History, Item, Kind, Output, Record, Step, Table, Timestamp, VersionInfo};
 use serde::{Deserialize, Serialize};
@@ -64,7 +63,7 @@ impl Run {
     /// The run of an experiment, to go on after `iteration`; a new one if there is none.
     pub(super) fn open(
         options: &Wandb,
-        settings: &Settings,
+        settings: &impl Serialize,
         experiment: &Path,
         iteration: usize,
         note: &mut dyn FnMut(String),
@@ -85,7 +84,7 @@ impl Run {
         Ok(run)
     }
 
-    fn create(options: &Wandb, settings: &Settings) -> Result<(Self, Pointer)> {
+    fn create(options: &Wandb, settings: &impl Serialize) -> Result<(Self, Pointer)> {
         let started = jiff::ZonedDateTime::now();
         let id = id(&started.to_string());
         let name = format!("offline-run-{}-{id}", started.strftime("%Y%m%d_%H%M%S"));
@@ -255,6 +254,7 @@ fn latest(base: &Path, name: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Settings;
     use landmark_models::gpt::GptConfig;
 
     #[test]
