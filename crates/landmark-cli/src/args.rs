@@ -1,5 +1,7 @@
 //! Types of flags that several commands share.
 
+use clap::Args;
+use landmark_data::ExerciseOptions;
 use std::fmt::Display;
 use std::str::FromStr;
 
@@ -18,5 +20,46 @@ pub fn truth(text: &str) -> Result<bool, String> {
         "True" | "true" | "1" => Ok(true),
         "False" | "false" | "0" => Ok(false),
         _ => Err("expected True or False".into()),
+    }
+}
+
+/// The heading of the flags that train to retrieve.
+pub const RETRIEVAL: &str = "Training to retrieve (the paper's own training has none of it)";
+
+/// The flags of retrieval exercises.
+#[derive(Clone, Debug, Args)]
+#[command(rename_all = "snake_case")]
+pub struct ExerciseFlags {
+    /// The share of a batch's rows into which a retrieval exercise is planted: facts, and later questions about them; landmark train needs
+    /// --whole_blocks for it
+    #[arg(long, value_name = "SHARE", default_value_t = 0., help_heading = RETRIEVAL)]
+    pub exercise_rows: f64,
+    /// What the tokens of an answer weigh in the loss; others weigh 1
+    #[arg(long, value_name = "N", default_value_t = ExerciseOptions::default().answer_weight, help_heading = RETRIEVAL)]
+    pub answer_weight: f64,
+    /// The share of exercises with two to five facts
+    #[arg(long, value_name = "SHARE", default_value_t = ExerciseOptions::default().several_facts, help_heading = RETRIEVAL)]
+    pub several_facts: f64,
+    /// The share of exercises that ask two to five times, for each of several facts once, first near, then ever farther away
+    #[arg(long, value_name = "SHARE", default_value_t = ExerciseOptions::default().asked_again, help_heading = RETRIEVAL)]
+    pub asked_again: f64,
+}
+
+impl ExerciseFlags {
+    /// The exercises, if there are to be some.
+    pub fn options(&self) -> Option<ExerciseOptions> {
+        let &Self { exercise_rows, answer_weight, several_facts, asked_again } = self;
+        (exercise_rows != 0.).then_some(ExerciseOptions { exercise_rows, answer_weight, several_facts, asked_again })
+    }
+
+    /// Flags that mean nothing without exercises: the name, whether it is given in vain, why it is refused.
+    pub fn refusals(&self) -> [(&'static str, bool, &'static str); 3] {
+        let (none, default) = (self.exercise_rows == 0., ExerciseOptions::default());
+        let refusal = |flag, given: f64, default| (flag, none && given != default, "it needs --exercise_rows SHARE");
+        [
+            refusal("answer_weight", self.answer_weight, default.answer_weight),
+            refusal("several_facts", self.several_facts, default.several_facts),
+            refusal("asked_again", self.asked_again, default.asked_again),
+        ]
     }
 }

@@ -8,7 +8,7 @@ use crate::interrupt;
 use anyhow::{Context, anyhow, bail};
 use candle_core::Device;
 use flags::{Flags, Optim, ReportTo, Scheduler, Strategy};
-use landmark_data::{ExerciseOptions, Pretrained};
+use landmark_data::Pretrained;
 use landmark_models::hub;
 use landmark_models::llama::LoraConfig;
 use landmark_train::{
@@ -168,12 +168,7 @@ fn settings(
         optimization_process: Process::Landmark,
         precision: if flags.bf16 && !device.is_cpu() { Precision::BFloat16 } else { Precision::Float32 },
         whole_blocks: true,
-        exercises: (flags.exercise_rows != 0.).then_some(ExerciseOptions {
-            exercise_rows: flags.exercise_rows,
-            answer_weight: flags.answer_weight,
-            several_facts: flags.several_facts,
-            asked_again: flags.asked_again,
-        }),
+        exercises: flags.exercises.options(),
         negatives: None,
         batch_size: flags.per_device_train_batch_size,
         eval_batch_size: Some(flags.per_device_eval_batch_size),

@@ -12,7 +12,7 @@ use anyhow::{Context, bail};
 use candle_core::Device;
 use clap::Parser;
 use flags::{Dtype, Flags, Model, Opt, OptimizationProcess, Scheduler, text};
-use landmark_data::{ExerciseOptions, TOKENIZER_FILE, Tokenizer};
+use landmark_data::{TOKENIZER_FILE, Tokenizer};
 use landmark_models::gpt::{
     Gpt, GptConfig, MlpKind, NegativeRows, Norm, Placement, PositionalEncoder, SoftmaxFunc, Variant,
 };
@@ -268,12 +268,7 @@ fn settings(flags: &Flags, vocabulary: &Vocabulary, device: &Device) -> anyhow::
         precision,
         optimization_process,
         whole_blocks: flags.whole_blocks,
-        exercises: (flags.exercise_rows != 0.).then_some(ExerciseOptions {
-            exercise_rows: flags.exercise_rows,
-            answer_weight: flags.answer_weight,
-            several_facts: flags.several_facts,
-            asked_again: flags.asked_again,
-        }),
+        exercises: flags.exercises.options(),
         negatives: (flags.negative_rows > 0).then_some(NegativeRows {
             negative_rows: flags.negative_rows,
             negative_share: flags.negative_share,

@@ -1,9 +1,8 @@
 //! The flags of `landmark finetune`: the Trainer's of `transformers` with its defaults, the authors' and `peft`'s, and ours.
 
-use crate::args::truth;
+use crate::args::{ExerciseFlags, truth};
 use crate::device::DeviceChoice;
 use clap::{ArgAction, Args, ValueEnum};
-use landmark_data::ExerciseOptions;
 use std::path::PathBuf;
 
 /// `--lr_scheduler_type`.
@@ -153,18 +152,8 @@ pub struct Flags {
     #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',', requires = "lora_r", help_heading = "Adapters (LoRA)")]
     pub lora_target_modules: Vec<String>,
 
-    /// The share of a batch's rows into which a retrieval exercise is planted: facts, and later questions about them
-    #[arg(long, value_name = "SHARE", default_value_t = 0., help_heading = RETRIEVAL)]
-    pub exercise_rows: f64,
-    /// What the tokens of an answer weigh in the loss; others weigh 1
-    #[arg(long, value_name = "N", default_value_t = ExerciseOptions::default().answer_weight, help_heading = RETRIEVAL)]
-    pub answer_weight: f64,
-    /// The share of exercises with two to five facts
-    #[arg(long, value_name = "SHARE", default_value_t = ExerciseOptions::default().several_facts, help_heading = RETRIEVAL)]
-    pub several_facts: f64,
-    /// The share of exercises that ask two to five times
-    #[arg(long, value_name = "SHARE", default_value_t = ExerciseOptions::default().asked_again, help_heading = RETRIEVAL)]
-    pub asked_again: f64,
+    #[command(flatten)]
+    pub exercises: ExerciseFlags,
 
     /// The folder of checkpoints, logs and the trained model
     #[arg(long, value_name = "DIR", help_heading = "Results")]
@@ -213,8 +202,6 @@ pub struct Flags {
     #[command(flatten)]
     pub refused: Refused,
 }
-
-const RETRIEVAL: &str = "Training to retrieve (the authors' own has none of it)";
 
 /// Flags of the Trainer that are refused, each with its reason.
 #[derive(Args, Clone, Debug)]

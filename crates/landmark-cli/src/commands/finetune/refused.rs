@@ -4,11 +4,9 @@ use super::flags::{Flags, Refused, Strategy};
 use crate::args::truth;
 use anyhow::bail;
 use candle_core::Device;
-use landmark_data::ExerciseOptions;
 
 const ONE: &str = "one process trains on one device";
 const GGUF: &str = "quantized weights come from GGUF files: give one as --model_name_or_path with --lora_r";
-const EXERCISES: &str = "it needs --exercise_rows SHARE";
 const EPOCHS: &str = "rows are drawn from all of the data, so that no step ends an epoch; use steps";
 
 /// Refuses what cannot be done.
@@ -28,7 +26,6 @@ pub fn check(flags: &Flags) -> anyhow::Result<()> {
     } = &flags.refused;
     // What asks for what happens anyway is no reason to stop.
     let on = |flag: &Option<String>| flag.as_ref().is_some_and(|value| truth(value) != Ok(false));
-    let (no_exercises, default) = (flags.exercise_rows == 0., ExerciseOptions::default());
     let landmarks =
         "landmarks as targets would teach to write what no reader takes; the authors' own fast path has them so too";
     let refusals = [
@@ -51,11 +48,9 @@ pub fn check(flags: &Flags) -> anyhow::Result<()> {
             flags.eval_steps.is_some() && flags.evaluation_strategy == Strategy::No,
             "it needs --evaluation_strategy steps",
         ),
-        ("answer_weight", no_exercises && flags.answer_weight != default.answer_weight, EXERCISES),
-        ("several_facts", no_exercises && flags.several_facts != default.several_facts, EXERCISES),
-        ("asked_again", no_exercises && flags.asked_again != default.asked_again, EXERCISES),
     ];
-    if let Some((flag, _, reason)) = refusals.into_iter().find(|(_, given, _)| *given) {
+    if let Some((flag, _, reason)) = refusals.into_iter().chain(flags.exercises.refusals()).find(|(_, given, _)| *given)
+    {
         bail!("--{flag} is refused: {reason}");
     }
     // What launchers such as torchrun tell every process that they start.

@@ -1,12 +1,9 @@
 //! The flags of `landmark train`: those of the reference's `config/rotary.py` with its defaults, and ours.
 
-use crate::args::{NoneOr, none_or, truth};
+use crate::args::{ExerciseFlags, NoneOr, RETRIEVAL, none_or, truth};
 use crate::device::DeviceChoice;
 use clap::{Args, ValueEnum};
-use landmark_data::ExerciseOptions;
 use std::path::PathBuf;
-
-const RETRIEVAL: &str = "Training to retrieve (the paper's own training has none of it)";
 
 /// A choice as the command line spells it.
 pub fn text(choice: impl ValueEnum) -> String {
@@ -312,18 +309,8 @@ pub struct Flags {
     /// Windows begin with a whole block, wherever in the text they begin, as texts do that are read; on GPUs also the faster kernels
     #[arg(long, help_heading = RETRIEVAL)]
     pub whole_blocks: bool,
-    /// The share of a batch's rows into which a retrieval exercise is planted: facts, and later questions about them; needs --whole_blocks
-    #[arg(long, value_name = "SHARE", default_value_t = 0., help_heading = RETRIEVAL)]
-    pub exercise_rows: f64,
-    /// What the tokens of an answer weigh in the loss; others weigh 1
-    #[arg(long, value_name = "N", default_value_t = ExerciseOptions::default().answer_weight, help_heading = RETRIEVAL)]
-    pub answer_weight: f64,
-    /// The share of exercises with two to five facts
-    #[arg(long, value_name = "SHARE", default_value_t = ExerciseOptions::default().several_facts, help_heading = RETRIEVAL)]
-    pub several_facts: f64,
-    /// The share of exercises that ask two to five times, for each of several facts once, first near, then ever farther away
-    #[arg(long, value_name = "SHARE", default_value_t = ExerciseOptions::default().asked_again, help_heading = RETRIEVAL)]
-    pub asked_again: f64,
+    #[command(flatten)]
+    pub exercises: ExerciseFlags,
     /// Rows of plain text whose landmarks queries of other rows see as well, without values: they learn to tell thousands of blocks apart
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = RETRIEVAL)]
     pub negative_rows: usize,

@@ -4,7 +4,6 @@ use super::flags::{
     DistributedBackend, Flags, LmCache, Model, Opt, OptimizationProcess, PositionalEncoder, Refused, SoftmaxFunc,
 };
 use anyhow::bail;
-use landmark_data::ExerciseOptions;
 
 const INFERENCE: &str =
     "training reads no cache and the evaluation in it is of single windows; it is a flag of inference";
@@ -12,7 +11,6 @@ const XL: &str = "it belongs to --optimization_process transformer_xl";
 const ADAMW: &str = "it belongs to --opt adamw";
 const BASE: &str = "--model base_rotary has no blocks, and always a plain softmax";
 const SAMPLES: &str = "it needs --sample_freq N";
-const EXERCISES: &str = "it needs --exercise_rows SHARE";
 const NEGATIVES: &str = "it needs --negative_rows N";
 const CMT: &str = "only --model landmark_with_cmt has a context-miss token";
 
@@ -35,7 +33,6 @@ pub fn check(flags: &Flags) -> anyhow::Result<()> {
     let is_xl = flags.optimization_process == OptimizationProcess::TransformerXl;
     let is_base = flags.model == Model::BaseRotary;
     let no_samples = flags.sample_freq.is_none();
-    let (no_exercises, default) = (flags.exercise_rows == 0., ExerciseOptions::default());
     let refusals = [
         (
             "distributed_backend nccl",
@@ -56,9 +53,6 @@ pub fn check(flags: &Flags) -> anyhow::Result<()> {
         ("sample_prompt", no_samples && flags.sample_prompt.is_some(), SAMPLES),
         ("sample_tokens", no_samples && flags.sample_tokens != 64, SAMPLES),
         ("sample_temperature", no_samples && flags.sample_temperature != 0.8, SAMPLES),
-        ("answer_weight", no_exercises && flags.answer_weight != default.answer_weight, EXERCISES),
-        ("several_facts", no_exercises && flags.several_facts != default.several_facts, EXERCISES),
-        ("asked_again", no_exercises && flags.asked_again != default.asked_again, EXERCISES),
         ("negative_share", flags.negative_rows == 0 && flags.negative_share != 0.5, NEGATIVES),
         ("negative_top_k", flags.negative_rows == 0 && flags.negative_top_k != 4, NEGATIVES),
         ("use_cache", *use_cache, INFERENCE),
@@ -71,7 +65,8 @@ pub fn check(flags: &Flags) -> anyhow::Result<()> {
         ("eval_sample_size", eval_sample_size.is_some(), INFERENCE),
         ("mid_length", *mid_length != 250, INFERENCE),
     ];
-    if let Some((flag, _, reason)) = refusals.into_iter().find(|(_, given, _)| *given) {
+    if let Some((flag, _, reason)) = refusals.into_iter().chain(flags.exercises.refusals()).find(|(_, given, _)| *given)
+    {
         bail!("--{flag} is refused: {reason}");
     }
     let missing = [
