@@ -5,6 +5,10 @@
 /// Weights of a block.
 pub(super) const BLOCK: usize = 32;
 
+/// Bytes that are asked for before they are needed.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 2048;
+
 /// A type of blocks as ggml lays it out: halves first, then whole numbers q. A weight is `scale q + minimum`.
 pub(super) trait Block {
     /// Bytes of the halves: the scale, and for some types a minimum.
@@ -169,6 +173,8 @@ macro_rules! kernels {
             for (w, y) in w.chunks_exact(x.sums.len() * B::BYTES).zip(y) {
                 let (mut sums, mut minima) = (splat(0.), 0f32);
                 for ((block, x), &sum) in w.chunks_exact(B::BYTES).zip(x.x.chunks_exact(BLOCK)).zip(x.sums) {
+                    // Rows follow each other in memory, across the pages at which the processor's own looking ahead stops.
+                    _mm_prefetch::<_MM_HINT_T0>(block.as_ptr().wrapping_add(AHEAD).cast());
                     let (scale, minimum) = scale_and_minimum::<B>(block);
                     let mut dot = splat(0.);
                     for (q, x) in quants::<B>(block).into_iter().zip(x.chunks_exact(LANES)) {
@@ -187,7 +193,7 @@ macro_rules! kernels {
 mod avx512 {
     use std::arch::x86_64::*;
 
-    use super::{BLOCK, Block, Summed};
+    use super::{AHEAD, BLOCK, Block, Summed};
 
     type V = __m512;
     const LANES: usize = 16;
@@ -248,7 +254,7 @@ mod avx512 {
 mod avx2 {
     use std::arch::x86_64::*;
 
-    use super::{BLOCK, Block, Summed};
+    use super::{AHEAD, BLOCK, Block, Summed};
 
     type V = __m256;
     const LANES: usize = 8;
