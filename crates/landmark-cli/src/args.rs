@@ -2,6 +2,7 @@
 
 use clap::Args;
 use landmark_data::ExerciseOptions;
+use landmark_models::gpt::NegativeRows;
 use std::fmt::Display;
 use std::str::FromStr;
 
@@ -60,6 +61,38 @@ impl ExerciseFlags {
             refusal("answer_weight", self.answer_weight, default.answer_weight),
             refusal("several_facts", self.several_facts, default.several_facts),
             refusal("asked_again", self.asked_again, default.asked_again),
+        ]
+    }
+}
+
+/// The flags of rows that see landmarks of others.
+#[derive(Clone, Debug, Args)]
+#[command(rename_all = "snake_case")]
+pub struct NegativeFlags {
+    /// Rows of plain text whose landmarks queries of other rows see as well, without values: they learn to tell thousands of blocks apart
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = RETRIEVAL)]
+    pub negative_rows: usize,
+    /// The share of the other rows that see them
+    #[arg(long, value_name = "SHARE", default_value_t = 0.5, help_heading = RETRIEVAL)]
+    pub negative_share: f64,
+    /// The blocks that a query is to retrieve in inference, which decides from how far away they are seen
+    #[arg(long, value_name = "N", default_value_t = 4, help_heading = RETRIEVAL)]
+    pub negative_top_k: usize,
+}
+
+impl NegativeFlags {
+    /// The rows, if there are to be some.
+    pub fn options(&self) -> Option<NegativeRows> {
+        let &Self { negative_rows, negative_share, negative_top_k } = self;
+        (negative_rows > 0).then_some(NegativeRows { negative_rows, negative_share, negative_top_k })
+    }
+
+    /// Flags that mean nothing without such rows, as [`ExerciseFlags::refusals`].
+    pub fn refusals(&self) -> [(&'static str, bool, &'static str); 2] {
+        let (none, reason) = (self.negative_rows == 0, "it needs --negative_rows N");
+        [
+            ("negative_share", none && self.negative_share != 0.5, reason),
+            ("negative_top_k", none && self.negative_top_k != 4, reason),
         ]
     }
 }
