@@ -54,14 +54,9 @@ impl Memory {
         let mut part = || {
             let kind = match kind {
                 LmCache::Mem => {
-                    let cache = landmarks(flags, model, mem_freq.unwrap_or(1), texts)?;
-                    // Whole blocks: then no position is beyond those that the model was trained on.
-                    let blocks = cache.max_chunk() / (cache.mem_freq() + 1);
-                    let usual = match outline.placement {
-                        Placement::Regular if blocks > 0 => blocks * cache.mem_freq(),
-                        _ => cache.max_chunk(),
-                    };
-                    chunk = flags.chunk(usual, cache.max_chunk())?;
+                    let config = cache_config(flags, &outline, texts)?;
+                    let cache = LandmarkCache::new(config, outline.rope.clone(), model.activations(), model.device())?;
+                    chunk = chunk_of(flags, &cache, outline.placement)?;
                     Kind::Landmarks(cache)
                 }
                 LmCache::Kv => {
@@ -85,6 +80,22 @@ impl Memory {
         };
         let parts = (0..parts).map(|_| part()).collect::<anyhow::Result<_>>()?;
         Ok((Self { parts, on_cpu: model.device().is_cpu() }, chunk))
+    }
+
+    /// The memory of one text that was read before, and whose blocks are in `cache`.
+    pub fn of_text(
+        flags: &CacheFlags,
+        model: &Model,
+        tokenizer: &Tokenizer,
+        text: &[u32],
+        cache: LandmarkCache,
+    ) -> anyhow::Result<(Self, usize)> {
+        let outline = model.outline();
+        let mut placer = placer(outline.placement, Some(tokenizer), Some(cache.mem_freq()))?;
+        follows(&mut placer, text);
+        let chunk = chunk_of(flags, &cache, outline.placement)?;
+        let part = Part { texts: 1, kind: Kind::Landmarks(cache), placer };
+        Ok((Self { parts: vec![part], on_cpu: model.device().is_cpu() }, chunk))
     }
 
     /// The landmark caches, if there are any: one, or one for each text.
@@ -234,11 +245,12 @@ fn block_tokens(flags: &CacheFlags, outline: &Outline) -> anyhow::Result<usize> 
     Ok(mem_freq)
 }
 
-fn landmarks(flags: &CacheFlags, model: &Model, mem_freq: usize, texts: usize) -> anyhow::Result<LandmarkCache> {
-    let outline = model.outline();
+/// The landmark cache that the flags ask for.
+pub fn cache_config(flags: &CacheFlags, outline: &Outline, texts: usize) -> anyhow::Result<CacheConfig> {
+    let mem_freq = block_tokens(flags, outline)?;
     let top_k = flags.top_k(outline.window, mem_freq + 1);
     let cutoff = flags.rem_cutoff.or(outline.rem_cutoff);
-    let cache = CacheConfig {
+    Ok(CacheConfig {
         layers: outline.layers,
         batch: texts,
         kv_heads: outline.kv_heads,
@@ -249,8 +261,17 @@ fn landmarks(flags: &CacheFlags, model: &Model, mem_freq: usize, texts: usize) -
         max_blocks: flags.mem_cache_size,
         window: outline.window,
         context_miss: outline.has_miss_token.then_some(ContextMiss { cutoff }),
+    })
+}
+
+/// The tokens of a chunk. Left out, whole blocks: then no position is beyond those that the model was trained on.
+fn chunk_of(flags: &CacheFlags, cache: &LandmarkCache, placement: Placement) -> anyhow::Result<usize> {
+    let blocks = cache.max_chunk() / (cache.mem_freq() + 1);
+    let usual = match placement {
+        Placement::Regular if blocks > 0 => blocks * cache.mem_freq(),
+        _ => cache.max_chunk(),
     };
-    Ok(LandmarkCache::new(cache, outline.rope, model.activations(), model.device())?)
+    flags.chunk(usual, cache.max_chunk())
 }
 
 /// The most ordinary tokens of `positions`, wherever in their block they begin. Borders may be anywhere: a text of nothing but ends of

@@ -2,6 +2,7 @@
 
 mod flags;
 mod memory;
+mod session;
 mod setting;
 
 use crate::sampling::Sampler;
@@ -15,6 +16,7 @@ use landmark_models::llama::{Gguf, Llama};
 use landmark_models::{IGNORE, Model, hub};
 use landmark_train::checkpoint::EXPERIMENT;
 pub use memory::{Memory, fitting};
+pub use session::{About, open_session};
 pub use setting::{Reading, Setting};
 use std::path::{Path, PathBuf};
 
