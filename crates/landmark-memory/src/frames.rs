@@ -11,6 +11,9 @@ pub struct UnitId {
     pub unit: usize,
 }
 
+/// A unit to be loaded, and its buffer.
+pub type Job = (UnitId, Box<[f32]>);
+
 #[derive(Debug)]
 struct Frame {
     /// Keys, then values.
@@ -76,11 +79,7 @@ impl Frames {
     ///
     /// # Errors
     /// What `load` fails with; then none of its units is in a frame.
-    pub fn hold(
-        &mut self,
-        units: &[UnitId],
-        load: impl FnOnce(&mut [(UnitId, Box<[f32]>)]) -> Result<()>,
-    ) -> Result<()> {
+    pub fn hold(&mut self, units: &[UnitId], load: impl FnOnce(&mut [Job]) -> Result<()>) -> Result<()> {
         self.shrink();
         self.epoch += 1;
         let mut missing = Vec::new();
@@ -101,7 +100,7 @@ impl Frames {
         let places: Vec<u32> = missing.iter().map(|_| self.take_frame()).collect();
         let buffer = |&place: &u32| std::mem::take(&mut self.frames[place as usize].data);
         let buffers: Vec<Box<[f32]>> = places.iter().map(buffer).collect();
-        let mut jobs: Vec<(UnitId, Box<[f32]>)> = missing.into_iter().zip(buffers).collect();
+        let mut jobs: Vec<Job> = missing.into_iter().zip(buffers).collect();
         let loaded = load(&mut jobs);
         for ((id, data), place) in jobs.into_iter().zip(places) {
             let frame = &mut self.frames[place as usize];

@@ -5,7 +5,7 @@ use landmark_attention::retrieval::{self, Blocks, Kept};
 use rayon::prelude::*;
 
 use crate::codec::{BlockType, Codec};
-use crate::frames::{Frames, UnitId};
+use crate::frames::{Frames, Job, UnitId};
 use crate::ring::Ring;
 use crate::segments::{BlockRecord, Segments, Shape};
 use crate::{CacheConfig, Error, Result};
@@ -234,7 +234,7 @@ impl Paged {
         let mut units: Vec<UnitId> = wanted.into_iter().map(|(id, _)| id).collect();
         units.sort_unstable();
         let Self { frames, shape, disk, written, pending, .. } = self;
-        let load = |jobs: &mut [(UnitId, Box<[f32]>)]| load(jobs, shape, disk.as_ref(), *written, pending);
+        let load = |jobs: &mut [Job]| load(jobs, shape, disk.as_ref(), *written, pending);
         frames.hold(&units, load)
     }
 
@@ -306,14 +306,14 @@ impl retrieval::Frames for LayerFrames<'_> {
 
 /// Decodes units into their buffers, from memory or from disk; units side by side in a block are read at once.
 fn load(
-    jobs: &mut [(UnitId, Box<[f32]>)],
+    jobs: &mut [Job],
     shape: &Shape,
     disk: Option<&(Segments, Vec<u32>)>,
     written: usize,
     pending: &[u8],
 ) -> Result<()> {
     let (units, size) = (shape.units(), shape.codec.unit());
-    let runs: Vec<&mut [(UnitId, Box<[f32]>)]> =
+    let runs: Vec<&mut [Job]> =
         jobs.chunk_by_mut(|(a, _), (b, _)| a.record == b.record && a.unit + 1 == b.unit).collect();
     runs.into_par_iter().try_for_each_init(Vec::new, |buffer, run| {
         let UnitId { record, unit } = run[0].0;

@@ -20,7 +20,7 @@
 //! | 48 | 8 | lineage: a random number that a session and its forks share |
 //! | 56 | 4 | zero |
 //! | 60 | 4 | checksum of bytes 0..60 |
-//! | 64 | | blocks: for each layer, for each head a [unit](crate::codec), the layers' heads side by side: what one retrieval reads is contiguous |
+//! | 64 | | blocks: for each layer, for each head a unit (see `codec`), the layers' heads side by side: what one retrieval reads is contiguous |
 //!
 //! # `blocks-NNNNNN.idx`
 //!
@@ -36,7 +36,7 @@
 //! | 4 * units * channels | landmark keys, float32, as scored |
 //! | 4 | checksum of the record up to here |
 //!
-//! A file may go on after the blocks that the [journal](crate::journal) knows of: that is what was written when the machine stopped, and is
+//! A file may go on after the blocks that the journal knows of: that is what was written when the machine stopped, and is
 //! written over.
 
 use std::fs::{File, OpenOptions};

@@ -26,7 +26,7 @@ struct Part {
 
 enum Kind {
     /// Blocks, of which each token fetches a few.
-    Landmarks(LandmarkCache),
+    Landmarks(Box<LandmarkCache>),
     /// Transformer-XL's cache of the last tokens.
     Keys(XlCache),
     /// The last tokens themselves; the placer is at the first of them.
@@ -57,7 +57,7 @@ impl Memory {
                     let config = cache_config(flags, &outline, texts)?;
                     let cache = LandmarkCache::new(config, outline.rope.clone(), model.activations(), model.device())?;
                     chunk = chunk_of(flags, &cache, outline.placement)?;
-                    Kind::Landmarks(cache)
+                    Kind::Landmarks(Box::new(cache))
                 }
                 LmCache::Kv => {
                     let kept = flags.mem_cache_size.unwrap_or(window / 2);
@@ -94,14 +94,14 @@ impl Memory {
         let mut placer = placer(outline.placement, Some(tokenizer), Some(cache.mem_freq()))?;
         follows(&mut placer, text);
         let chunk = chunk_of(flags, &cache, outline.placement)?;
-        let part = Part { texts: 1, kind: Kind::Landmarks(cache), placer };
+        let part = Part { texts: 1, kind: Kind::Landmarks(Box::new(cache)), placer };
         Ok((Self { parts: vec![part], on_cpu: model.device().is_cpu() }, chunk))
     }
 
     /// The landmark caches, if there are any: one, or one for each text.
     pub fn caches(&self) -> impl Iterator<Item = &LandmarkCache> {
         self.parts.iter().filter_map(|part| match &part.kind {
-            Kind::Landmarks(cache) => Some(cache),
+            Kind::Landmarks(cache) => Some(&**cache),
             _ => None,
         })
     }
@@ -109,7 +109,7 @@ impl Memory {
     /// The same, to be changed.
     pub fn caches_mut(&mut self) -> impl Iterator<Item = &mut LandmarkCache> {
         self.parts.iter_mut().filter_map(|part| match &mut part.kind {
-            Kind::Landmarks(cache) => Some(cache),
+            Kind::Landmarks(cache) => Some(&mut **cache),
             _ => None,
         })
     }

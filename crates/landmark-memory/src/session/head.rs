@@ -11,6 +11,9 @@ use crate::{Error, Result};
 
 pub const NAME: &str = "session.json";
 const VERSION: u32 = 1;
+/// What is around the checksum.
+const BEFORE: &str = "{\"checksum\":\"crc32c:";
+const BETWEEN: &str = "\",\"session\":";
 
 /// What the file says.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -34,14 +37,6 @@ pub struct Head {
     pub dropped: Vec<u32>,
     /// What the session's owner has to remember.
     pub about: serde_json::Value,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct File<'a> {
-    checksum: String,
-    #[serde(borrow)]
-    session: &'a serde_json::value::RawValue,
 }
 
 impl Head {
@@ -97,27 +92,30 @@ impl Head {
             std::io::ErrorKind::InvalidData => Error::damaged(&path, "it is no text"),
             _ => Error::io("read", &path)(error),
         })?;
-        let file: File = serde_json::from_str(&text).map_err(|error| Error::damaged(&path, error.to_string()))?;
-        if file.checksum != checksum(file.session.get()) {
-            return Err(Error::damaged(&path, "its checksum is another"));
-        }
-        let version = serde_json::from_str::<serde_json::Value>(file.session.get()).ok();
+        let session =
+            text.strip_prefix(BEFORE).and_then(|rest| rest.split_at_checked(8)).and_then(|(checksum, rest)| {
+                let session = rest.strip_prefix(BETWEEN)?.strip_suffix('}')?;
+                (checksum == checksum_of(session)).then_some(session)
+            });
+        let session =
+            session.ok_or_else(|| Error::damaged(&path, "it is not what was written: its checksum is another"))?;
+        let version = serde_json::from_str::<serde_json::Value>(session).ok();
         let version = version.and_then(|session| session.get("version")?.as_u64());
         if version != Some(u64::from(VERSION)) {
             let version = version.map_or("unknown".into(), |version| version.to_string());
             let reason = format!("its files are of version {version}, and this program reads version {VERSION}");
             return Err(Error::Session { path: folder.to_path_buf(), reason });
         }
-        serde_json::from_str(file.session.get()).map_err(|error| Error::damaged(&path, error.to_string()))
+        serde_json::from_str(session).map_err(|error| Error::damaged(&path, error.to_string()))
     }
 
     pub fn write(&self, folder: &Path) -> Result<()> {
         let session = serde_json::to_string(self).expect("a head has no keys but strings");
-        let text = format!("{{\"checksum\":\"{}\",\"session\":{session}}}", checksum(&session));
+        let text = format!("{BEFORE}{}{BETWEEN}{session}}}", checksum_of(&session));
         super::replace(&folder.join(NAME), text.as_bytes())
     }
 }
 
-fn checksum(session: &str) -> String {
-    format!("crc32c:{:08x}", crc32c::crc32c(session.as_bytes()))
+fn checksum_of(session: &str) -> String {
+    format!("{:08x}", crc32c::crc32c(session.as_bytes()))
 }

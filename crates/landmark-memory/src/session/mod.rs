@@ -2,11 +2,11 @@
 //!
 //! | file | holds |
 //! | --- | --- |
-//! | `session.json` | what the session is made for ([`head`]) |
-//! | `blocks-NNNNNN.seg`, `blocks-NNNNNN.idx` | finished blocks and their landmarks ([`crate::segments`]) |
+//! | `session.json` | what the session is made for (`head`) |
+//! | `blocks-NNNNNN.seg`, `blocks-NNNNNN.idx` | finished blocks and their landmarks (`segments`) |
 //! | `tokens` | the text's tokens, 4 bytes each, little endian |
-//! | `tail-0`, `tail-1`, `tail-2` | the unfinished block ([`tail`]); one of them counts |
-//! | `journal` | how much of all that counts ([`journal`]) |
+//! | `tail-0`, `tail-1`, `tail-2` | the unfinished block (`tail`); one of them counts |
+//! | `journal` | how much of all that counts (`journal`) |
 //! | `lock` | who has the session |
 //!
 //! A chunk is appended in this order: blocks, tokens and the unfinished block are written where nothing counts yet, then a record is added to the

@@ -90,7 +90,7 @@ pub fn list(args: List) -> anyhow::Result<ExitCode> {
     let mut folders: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     // Folders with a dot are being made.
     folders.retain(|path| {
-        path.join("session.json").exists() && !path.file_name().is_some_and(|name| name.as_encoded_bytes()[0] == b'.')
+        path.join("session.json").exists() && path.file_name().is_none_or(|name| name.as_encoded_bytes()[0] != b'.')
     });
     folders.sort();
     let mut out = std::io::stdout().lock();
