@@ -28,7 +28,10 @@ pub struct Args {
     /// A token file of the model's tokenizer, as `landmark prepare` makes them
     #[arg(long, value_name = "FILE")]
     tokens: Option<PathBuf>,
-    /// Append no more than the first so many tokens of it
+    /// Leave out the first so many tokens of it
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    skip_tokens: u64,
+    /// Append no more than so many tokens of it
     #[arg(long, value_name = "N")]
     max_tokens: Option<u64>,
     /// Another text was cut short in its appending: take it as it is, and begin this one
@@ -145,7 +148,7 @@ impl Append {
 
 /// Where the text comes from.
 enum Source {
-    Text { pieces: TextPieces, left: u64 },
+    Text { pieces: TextPieces, skip: u64, left: u64 },
     Tokens { file: Box<TokenFile>, at: u64, end: u64 },
 }
 
@@ -154,11 +157,12 @@ impl Source {
         let most = args.max_tokens.unwrap_or(u64::MAX);
         if let Some(path) = &args.tokens {
             let file = TokenFile::open(path).context("--tokens")?;
-            let end = file.len().min(most);
-            return Ok(Self::Tokens { file: Box::new(file), at: 0, end });
+            let at = args.skip_tokens.min(file.len());
+            let end = file.len().min(at.saturating_add(most));
+            return Ok(Self::Tokens { file: Box::new(file), at, end });
         }
         let path = args.file.as_ref().context("--file FILE is missing")?;
-        Ok(Self::Text { pieces: TextPieces::open(path)?, left: most })
+        Ok(Self::Text { pieces: TextPieces::open(path)?, skip: args.skip_tokens, left: most })
     }
 
     /// Refuses tokens of another tokenizer.
@@ -172,9 +176,12 @@ impl Source {
     fn next(&mut self, reader: &Reader) -> anyhow::Result<Option<Vec<u32>>> {
         match self {
             Self::Text { left: 0, .. } => Ok(None),
-            Self::Text { pieces, left } => {
+            Self::Text { pieces, skip, left } => {
                 let Some(piece) = pieces.next()? else { return Ok(None) };
                 let mut tokens = reader.tokenizer().encode(&piece)?;
+                let skipped = tokens.len().min(usize::try_from(*skip).unwrap_or(usize::MAX));
+                tokens.drain(..skipped);
+                *skip -= skipped as u64;
                 tokens.truncate(usize::try_from(*left).unwrap_or(usize::MAX));
                 *left -= tokens.len() as u64;
                 Ok(Some(tokens))
@@ -192,7 +199,7 @@ impl Source {
     /// In bytes, or tokens.
     fn length(&self) -> Option<u64> {
         match self {
-            Self::Text { left, .. } if *left < u64::MAX => None,
+            Self::Text { skip, left, .. } if *left < u64::MAX || *skip > 0 => None,
             Self::Text { pieces, .. } => pieces.length(),
             Self::Tokens { end, .. } => Some(*end),
         }
