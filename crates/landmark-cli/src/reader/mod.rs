@@ -2,6 +2,7 @@
 
 mod flags;
 mod memory;
+mod session;
 mod setting;
 
 use crate::sampling::Sampler;
@@ -16,6 +17,7 @@ use landmark_models::{IGNORE, Model, hub};
 use landmark_train::Tuning;
 use landmark_train::checkpoint::EXPERIMENT;
 pub use memory::{Memory, fitting};
+pub use session::{About, open_session};
 pub use setting::{Reading, Setting};
 use std::path::{Path, PathBuf};
 
