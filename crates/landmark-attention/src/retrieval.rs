@@ -171,7 +171,7 @@ pub fn attend(queries: SlotQueries, blocks: Blocks, chosen: &Tensor) -> Result<R
 }
 
 /// Joins two attentions of the same queries over disjoint keys, each with its log-sum-exp, into the attention over both:
-/// outputs `[batch, heads, time, head_dim]` and log-sum-exps `[batch, heads, time]`. On a GPU in one kernel, without a gradient.
+/// outputs `[batch, heads, time, head_dim]` and log-sum-exps `[batch, heads, time]`. On a GPU, and on the CPU where no gradient can be asked for, in one pass, without a gradient.
 ///
 /// # Errors
 /// Shapes that differ.
@@ -179,6 +179,13 @@ pub fn join(a: (&Tensor, &Tensor), b: (&Tensor, &Tensor)) -> Result<(Tensor, Ten
     #[cfg(feature = "cuda")]
     if a.0.device().is_cuda() {
         return cuda::retrieval::join(a, b);
+    }
+    let tensors = [a.0, a.1, b.0, b.1];
+    let is_plain = |x: &&Tensor| x.device().is_cpu() && x.is_contiguous() && x.dtype() == a.1.dtype() && !x.track_op();
+    let fits =
+        a.0.rank() == 4 && a.0.dims() == b.0.dims() && a.1.dims() == b.1.dims() && a.1.dims() == &a.0.dims()[..3];
+    if fits && tensors.iter().all(is_plain) && matches!(a.1.dtype(), DType::F32 | DType::F64) {
+        return Ok(cpu::retrieval::join(a, b)?);
     }
     // A query with nothing on either side keeps its zeros: the floor turns -inf - -inf into 0.
     let max = a.1.maximum(b.1)?.maximum(-1e30)?;

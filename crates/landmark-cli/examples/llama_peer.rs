@@ -9,20 +9,27 @@
 //! | `{"logits": IDS}` | `logits` after the last token |
 //! | `{"all_logits": IDS}` | `logits` after each |
 //! | `{"greedy": IDS, "tokens": N}` | `ids`, and by how much each was ahead of the second |
+//! | `{"speed": IDS, "landmark": MEM_FREQ, "window": N, "top_k": K, "tokens": N}` | reads them through the landmark cache, then goes on token by token: `read`, seconds, and those of each of the `tokens` |
 //! | `{"perplexity": IDS, "window": N}` | `loss`, the sum over windows read one by one, and `count` |
 //! | `{"save": DIR, "landmark": MEM_FREQ, "window": N}` | writes a model with landmarks in f32, as a folder |
 
 use std::io::{BufRead, Write};
 use std::path::Path;
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use candle_core::{DType, Device, Tensor};
 use landmark_data::{Pretrained, Tokenizer};
-use landmark_memory::XlCache;
+use landmark_memory::{CacheConfig, LandmarkCache, Selection, XlCache};
 use landmark_models::llama::{Gguf, LandmarkConfig, Llama};
 use serde_json::{Value, json};
 
+/// As in the `landmark` binary.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> anyhow::Result<()> {
+    rayon::ThreadPoolBuilder::new().use_current_thread().build_global()?;
     let path = std::env::args().nth(1).context("usage: llama_peer MODEL < questions")?;
     let (model, tokenizer) = if Path::new(&path).is_dir() {
         (Llama::load_frozen(&path, DType::F32, &Device::Cpu)?, Pretrained::from_folder(&path).ok())
@@ -58,6 +65,11 @@ fn answer(model: &mut Option<Llama>, tokenizer: Option<&Pretrained>, question: &
         new.save(dir, DType::F32)?;
         with.save(dir)?;
         return Ok(json!({"mem_id": mem_id, "vocab_size": new.config().vocab_size}));
+    }
+    if let Some(ids) = question.get("speed") {
+        let ids: Vec<u32> = serde_json::from_value(ids.clone())?;
+        let (mem_freq, window) = (number("landmark")?, number("window")?);
+        return speed(model, &ids, mem_freq, window, number("top_k")?, number("tokens")?);
     }
     let model = model.as_ref().context("the model was saved")?;
     if let Some(text) = question["encode"].as_str() {
@@ -107,4 +119,62 @@ fn answer(model: &mut Option<Llama>, tokenizer: Option<&Pretrained>, question: &
         return Ok(json!({"loss": loss, "count": count}));
     }
     bail!("no question: {question}")
+}
+
+/// How long reading takes, and each token after it: the logits, the likeliest token, and its way through the model. The landmark is put into
+/// a model that has none: what a model learnt changes nothing of its speed.
+fn speed(
+    model: &mut Option<Llama>,
+    ids: &[u32],
+    mem_freq: usize,
+    window: usize,
+    top_k: usize,
+    tokens: usize,
+) -> anyhow::Result<Value> {
+    let loaded = model.take().context("the model was saved")?;
+    let known = loaded.config().vocab_size;
+    let landmarks = loaded.config().landmarks.unwrap_or(LandmarkConfig {
+        mem_id: known as u32,
+        mem_freq,
+        train_context_length: window,
+        include_landmark_in_loss: false,
+    });
+    let model = model.insert(loaded.with_landmarks(landmarks, known)?);
+    let config = model.config();
+    let cache = CacheConfig {
+        layers: config.num_hidden_layers,
+        batch: 1,
+        kv_heads: config.num_key_value_heads,
+        mem_freq,
+        landmark_id: landmarks.mem_id,
+        top_k,
+        selection: Selection::PerTokenAndHead,
+        max_blocks: None,
+        window,
+        context_miss: None,
+    };
+    let mut cache = LandmarkCache::new(cache, config.rope(window), DType::F32, &Device::Cpu)?;
+    cache.reserve((ids.len() + tokens) / mem_freq + 1)?;
+    let chunk = cache.max_chunk() / (mem_freq + 1) * mem_freq;
+    let mut last = None;
+    let mut read = |ids: &[u32]| -> anyhow::Result<Tensor> {
+        let ids = Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?;
+        let hidden = cache.forward(&ids, |ids, attention| Ok(model.hidden(ids, attention)?))?;
+        Ok(hidden.narrow(1, hidden.dim(1)? - 1, 1)?.force_contiguous()?)
+    };
+    let begin = Instant::now();
+    for ids in ids.chunks(chunk) {
+        last = Some(read(ids)?);
+    }
+    let reading = begin.elapsed().as_secs_f64();
+    let mut seconds = Vec::with_capacity(tokens);
+    for _ in 0..tokens {
+        let begin = Instant::now();
+        let hidden = last.context("no ids")?;
+        let logits = model.logits(&hidden)?.flatten_all()?.to_vec1::<f32>()?;
+        let best = (0..known).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).context("no logits")?;
+        last = Some(read(&[best as u32])?);
+        seconds.push(begin.elapsed().as_secs_f64());
+    }
+    Ok(json!({"read": reading, "tokens": seconds}))
 }

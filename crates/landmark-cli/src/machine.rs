@@ -1,4 +1,13 @@
-//! What the machine tells about memory.
+//! What the machine tells about memory, and which of its threads compute.
+
+/// From now on this thread is one of those that compute. Otherwise it hands every loop that they share over to another and waits to be woken,
+/// hundreds of times a token. For commands in which no other thread waits for work: with one thread to compute, that is this one.
+///
+/// If the threads are at work already, all stays as it is.
+pub fn compute_on_this_thread() {
+    // The only error is that they exist.
+    _ = rayon::ThreadPoolBuilder::new().use_current_thread().build_global();
+}
 
 /// The most memory that this process had at once, in bytes, where the system tells.
 pub fn peak_memory() -> Option<u64> {

@@ -9,6 +9,7 @@
 
 mod cache;
 mod codec;
+mod config;
 mod distances;
 mod error;
 mod frames;
@@ -21,8 +22,9 @@ pub mod session;
 mod store;
 mod xl;
 
-pub use cache::{CacheConfig, ContextMiss, LandmarkCache, Retrievals};
+pub use cache::{LandmarkCache, Retrievals};
 pub use codec::BlockType;
+pub use config::{CacheConfig, ContextMiss};
 pub use error::{Error, Result};
 pub use landmark_attention::retrieval::Selection;
 pub use paged::Tiers;

@@ -37,6 +37,9 @@ pub trait Real:
     /// `2^x`; exactly 0 for very small `x`, minus infinity included.
     fn exp2<S: Simd>(s: S, x: Self::Lanes<S>) -> Self::Lanes<S>;
 
+    /// The sum of the lanes.
+    fn total<S: Simd>(s: S, x: Self::Lanes<S>) -> Self;
+
     /// Lanes in a register.
     #[inline(always)]
     fn lanes<S: Simd>() -> usize {
@@ -45,7 +48,7 @@ pub trait Real:
 }
 
 macro_rules! lanewise {
-    ($real:ty, $lanes:ident, $splat:ident, $add:ident, $sub:ident, $mul:ident, $div:ident, $max:ident, $fma:ident, $le:ident, $select:ident) => {
+    ($real:ty, $lanes:ident, $splat:ident, $add:ident, $sub:ident, $mul:ident, $div:ident, $max:ident, $fma:ident, $le:ident, $select:ident, $total:ident) => {
         type Lanes<S: Simd> = S::$lanes;
         const LOW: Self = -1e30;
         const HIGH: Self = 1e30;
@@ -90,6 +93,10 @@ macro_rules! lanewise {
         fn select_le<S: Simd>(s: S, a: S::$lanes, b: S::$lanes, yes: S::$lanes, no: S::$lanes) -> S::$lanes {
             s.$select(s.$le(a, b), yes, no)
         }
+        #[inline(always)]
+        fn total<S: Simd>(s: S, x: S::$lanes) -> Self {
+            s.$total(x)
+        }
     };
 }
 
@@ -105,7 +112,8 @@ impl Real for f32 {
         max_f32s,
         mul_add_e_f32s,
         less_than_or_equal_f32s,
-        select_f32s
+        select_f32s,
+        reduce_sum_f32s
     );
 
     /// Cephes' polynomial on [-0.5, 0.5], relative error 2e-7; the integer part goes into the exponent bits.
@@ -138,7 +146,8 @@ impl Real for f64 {
         max_f64s,
         mul_add_e_f64s,
         less_than_or_equal_f64s,
-        select_f64s
+        select_f64s,
+        reduce_sum_f64s
     );
 
     /// The library's, lane by lane: f64 is for checking, not for speed.

@@ -3,7 +3,7 @@
 //! - `tiles`: how keys are cut into tiles that hold whole blocks;
 //! - `forward`, `backward`: what is done with a tile, and why it is right;
 //! - `column`: the softmax steps that both are made of;
-//! - `retrieval`: choosing cached blocks, and attention over them;
+//! - `retrieval`: choosing cached blocks, and attention over them; `single`: the same where there are few queries;
 //! - `product`: the one matrix product under both; `lanes`: the vector arithmetic;
 //! - this file: heads and rows, workers, and the candle operation.
 
@@ -15,6 +15,7 @@ mod forward;
 mod lanes;
 mod product;
 pub(crate) mod retrieval;
+mod single;
 mod tiles;
 
 use std::sync::{Arc, OnceLock};

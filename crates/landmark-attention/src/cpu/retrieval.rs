@@ -11,6 +11,7 @@ use super::column::{Column, each};
 use super::forward::{QUERIES_PER_TILE, Steps, pack_transposed};
 use super::lanes::Real;
 use super::product::Product;
+use super::single::{self, FEW};
 use crate::retrieval::{Blocks, Frames, Kept, RetrievalShape, Retrieved, Selection, SlotQueries};
 
 /// Landmarks scored at once.
@@ -74,6 +75,9 @@ impl<'a, T: Real> Operands<'a, T> {
     #[inline(always)]
     fn scores<S: Simd>(&self, s: S, bh: usize, from: usize, n: usize, mut visit: impl FnMut(usize, &[T])) {
         let (d, lanes) = (self.shape.head_dim, T::lanes::<S>());
+        if n <= FEW && single::fits::<S, T>(d) {
+            return self.scores_one_by_one(s, bh, from, n, visit);
+        }
         let nv = n.div_ceil(lanes);
         let landmarks = &self.landmarks[self.shape.kv(bh) * self.shape.capacity * d..][..self.shape.capacity * d];
         let (mut packed, mut scores) = (Vec::new(), vec![T::splat(s, T::default()); LANDMARKS_PER_TILE * nv]);
@@ -109,6 +113,27 @@ impl<'a, T: Real> Operands<'a, T> {
         run(0, 0..older);
         for i in 0..self.newest {
             run(i + 1, older + i..older + i + 1);
+        }
+    }
+
+    /// The same for few queries.
+    #[inline(always)]
+    fn scores_one_by_one<S: Simd>(&self, s: S, bh: usize, from: usize, n: usize, mut visit: impl FnMut(usize, &[T])) {
+        let d = self.shape.head_dim;
+        let landmarks = &self.landmarks[self.shape.kv(bh) * self.shape.capacity * d..][..self.shape.capacity * d];
+        let (scale, older) = (T::cast(self.scale), self.len - self.newest);
+        let (mut q, mut scores) = (Vec::with_capacity(n * d), [T::default(); FEW]);
+        for slot in 0..=self.newest {
+            q.clear();
+            q.extend(self.queries(slot, bh)[from * d..][..n * d].iter().map(|&x| x * scale));
+            let blocks = if slot == 0 { 0..older } else { older + slot - 1..older + slot };
+            for block in blocks {
+                let landmark = &landmarks[self.place(block) * d..][..d];
+                for (score, q) in scores.iter_mut().zip(q.chunks_exact(d)) {
+                    *score = single::dot(s, q, landmark);
+                }
+                visit(block, &scores[..n]);
+            }
         }
     }
 }
@@ -348,12 +373,24 @@ impl<S: Simd, T: Real> WithSimd for AttendHead<'_, '_, S, T> {
         readings.sort_by_key(|&reading| chosen[reading as usize]);
         let mut read = vec![T::default(); time * k * d];
         let mut packed = Vec::new();
-        let (mut weights, mut result) = (Vec::new(), Vec::new());
+        let (mut weights, mut result, mut query) = (Vec::new(), Vec::new(), Vec::new());
         for group in readings.chunk_by(|&a, &b| chosen[a as usize] == chosen[b as usize]) {
             let block = chosen[group[0] as usize] as usize;
             let is_newest = block >= operands.len - operands.newest;
             let size = operands.size(block);
             let [keys, values] = operands.block(bh, block);
+            if group.len() <= FEW && single::fits::<S, T>(d) {
+                for &reading in group {
+                    let (t, rank) = (reading as usize / k, reading as usize % k);
+                    let q = &operands.queries(rank + usize::from(is_newest), bh)[t * d..][..d];
+                    query.clear();
+                    query.extend(q.iter().map(|&x| x * T::cast(operands.scale)));
+                    let read = &mut read[reading as usize * d..][..d];
+                    let landmark = single::attend_block(s, &query, [keys, values], &mut weights, read);
+                    scores[reading as usize] = T::cast(landmark.widen() * std::f64::consts::LN_2);
+                }
+                continue;
+            }
             for group in group.chunks(QUERIES_PER_TILE) {
                 let nv = group.len().div_ceil(lanes);
                 packed.clear();
@@ -518,5 +555,41 @@ pub(crate) fn attend(
     match queries.queries.dtype() {
         DType::F32 => run::<f32>(shape, queries, blocks, chosen, k),
         _ => run::<f64>(shape, queries, blocks, chosen, k),
+    }
+}
+
+/// See [`crate::retrieval::join`]: `a` and `b` are outputs and log-sum-exps of one type, in contiguous memory.
+pub(crate) fn join(a: (&Tensor, &Tensor), b: (&Tensor, &Tensor)) -> candle_core::Result<(Tensor, Tensor)> {
+    fn run<T: Real + WithDType>(tensors: [&Tensor; 4]) -> candle_core::Result<(Tensor, Tensor)> {
+        let guards = tensors.map(|t| t.storage_and_layout());
+        let mut slices = Vec::with_capacity(4);
+        for ((storage, layout), tensor) in guards.iter().zip(tensors) {
+            match &**storage {
+                Storage::Cpu(storage) => {
+                    slices.push(&storage.as_slice::<T>()?[layout.start_offset()..][..tensor.elem_count()])
+                }
+                _ => candle_core::bail!("join: expected tensors on the CPU"),
+            }
+        }
+        let d = tensors[0].dims()[3];
+        let (mut out, mut lse) = (slices[0].to_vec(), slices[1].to_vec());
+        let rows =
+            out.par_chunks_exact_mut(d).zip(slices[2].par_chunks_exact(d)).zip(lse.par_iter_mut().zip(slices[3]));
+        rows.with_min_len(64).for_each(|((out, other), (lse, &other_lse))| {
+            // A query with nothing on either side keeps its zeros: the floor turns -inf - -inf into 0.
+            let max = lse.widen().max(other_lse.widen()).max(-1e30);
+            let (weight, other_weight) = ((lse.widen() - max).exp(), (other_lse.widen() - max).exp());
+            let sum = weight + other_weight;
+            let share = |weight: f64| T::cast(weight / sum.max(1e-30));
+            let (share, other_share) = (share(weight), share(other_weight));
+            out.iter_mut().zip(other).for_each(|(out, &other)| *out = *out * share + other * other_share);
+            *lse = T::cast(max + sum.ln());
+        });
+        let device = tensors[0].device();
+        Ok((Tensor::from_vec(out, tensors[0].shape(), device)?, Tensor::from_vec(lse, tensors[1].shape(), device)?))
+    }
+    match a.0.dtype() {
+        DType::F32 => run::<f32>([a.0, a.1, b.0, b.1]),
+        _ => run::<f64>([a.0, a.1, b.0, b.1]),
     }
 }

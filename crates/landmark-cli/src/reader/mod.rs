@@ -5,6 +5,7 @@ mod memory;
 mod session;
 mod setting;
 
+use crate::machine;
 use crate::sampling::Sampler;
 use anyhow::{Context, bail};
 use candle_core::{DType, Device, Tensor};
@@ -218,6 +219,7 @@ pub fn drawable(model: &Model, tokenizer: &Tokenizer) -> impl Fn(u32) -> bool + 
 
 /// The model in a folder or a file, for reading, with the adapter in a folder.
 pub fn load(path: &Path, adapter: Option<&Path>, flags: DeviceFlags) -> anyhow::Result<Model> {
+    machine::compute_on_this_thread();
     let device = flags.device.open()?;
     let activations = match flags.dtype {
         Some(Dtype::BFloat16) if device.is_cpu() => {

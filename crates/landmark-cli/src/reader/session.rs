@@ -51,8 +51,8 @@ impl About {
         settings: Settings,
     ) -> anyhow::Result<Self> {
         let path = super::checkpoint(model)?;
-        let pretrained = super::pretrained(&path, tokenizer)?;
-        let model = load(&path, CPU)?;
+        let pretrained = super::pretrained(&path, None, tokenizer)?;
+        let model = load(&path, None, CPU)?;
         check_vocabulary(model.outline().vocab_size, &pretrained.tokenizer)?;
         let outline = model.outline();
         if flags.mem_cache_size.is_some() {
@@ -67,7 +67,7 @@ impl About {
         let path = std::path::absolute(&path)?;
         let about = Self {
             program: concat!("landmark ", env!("CARGO_PKG_VERSION")).into(),
-            model_hash: kept::hash_of_model(&path)?,
+            model_hash: kept::hash_of_model(&path, None)?,
             model_files: files(&path)?,
             model: path,
             tokenizer: tokenizer.map(str::to_string),
@@ -100,17 +100,19 @@ impl About {
         if !path.exists() {
             bail!("the session's model is not at {} any more: tell where it is with --checkpoint", path.display());
         }
-        if (moved.is_some() || files(&path)? != self.model_files) && kept::hash_of_model(&path)? != self.model_hash {
+        if (moved.is_some() || files(&path)? != self.model_files)
+            && kept::hash_of_model(&path, None)? != self.model_hash
+        {
             bail!(
                 "the model in {} is not the one that read the session's text: its files have another hash",
                 path.display()
             );
         }
-        let pretrained = super::pretrained(&path, self.tokenizer.as_deref())?;
+        let pretrained = super::pretrained(&path, None, self.tokenizer.as_deref())?;
         if pretrained.tokenizer.fingerprint().to_string() != self.tokenizer_hash {
             bail!("the tokenizer of {} is not the one that the session's text was read with", path.display());
         }
-        Ok((load(&path, CPU)?, pretrained))
+        Ok((load(&path, None, CPU)?, pretrained))
     }
 
     fn flags(&self) -> anyhow::Result<CacheFlags> {

@@ -27,8 +27,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use landmark_attention::Rope;
 
-use crate::cache::{CacheConfig, LandmarkCache};
+use crate::cache::LandmarkCache;
 use crate::codec::{BlockType, Codec};
+use crate::config::CacheConfig;
 use crate::paged::{Paged, Tiers};
 use crate::segments::{self, Segments, Shape};
 use crate::store::BlockStore;

@@ -48,9 +48,12 @@ impl Matrix {
             (Self::Dense(w), None) => ops::linear(x, w, b),
             (Self::Dense(w), Some(residual)) => ops::linear_onto(x, w, b, residual),
             (Self::Quantized(w), _) => {
+                if let (Device::Cpu, None) = (x.device(), b) {
+                    return ops::quantized_linear(x, w, residual);
+                }
                 let dtype = residual.unwrap_or(x).dtype();
                 let y = match x.device() {
-                    Device::Cpu => ops::quantized_linear(x, w)?,
+                    Device::Cpu => ops::quantized_linear(x, w, None)?,
                     _ => ops::bridge([x], |[x]| x.contiguous()?.apply_op1(Times(w.clone()))?.to_dtype(dtype))?,
                 };
                 let y = match b {

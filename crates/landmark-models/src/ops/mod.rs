@@ -6,6 +6,7 @@
 //!
 //! All reductions have an order that the shapes alone fix, so results are the same bits from run to run on one machine.
 
+mod blocks;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -17,6 +18,7 @@ mod linear;
 mod math;
 mod mlp;
 mod norm;
+mod packed;
 mod product;
 mod quantized;
 mod record;

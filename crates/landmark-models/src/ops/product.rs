@@ -46,13 +46,6 @@ pub(crate) fn product_into<T: Real>(out: &mut [T], a: Matrix<T>, b: Matrix<T>) {
     unsafe { raw(out.as_mut_ptr(), false, a, b) }
 }
 
-/// `out = a b` on this thread alone: for many products side by side.
-pub(crate) fn product_here<T: Real>(out: &mut [T], a: Matrix<T>, b: Matrix<T>) {
-    assert_eq!(out.len(), a.rows * b.cols, "the product's size");
-    // SAFETY: `out` is a slice of the product's size.
-    unsafe { raw_on(out.as_mut_ptr(), false, a, b, gemm::Parallelism::None) }
-}
-
 /// `out += a b`.
 pub(crate) fn add_product<T: Real>(out: &mut [T], a: Matrix<T>, b: Matrix<T>) {
     assert_eq!(out.len(), a.rows * b.cols, "the product's size");
@@ -63,13 +56,6 @@ pub(crate) fn add_product<T: Real>(out: &mut [T], a: Matrix<T>, b: Matrix<T>) {
 /// # Safety
 /// `out` points to `a.rows * b.cols` elements, initialised if `accumulate`, that nobody else touches.
 unsafe fn raw<T: Real>(out: *mut T, accumulate: bool, a: Matrix<T>, b: Matrix<T>) {
-    // SAFETY: the caller's promise.
-    unsafe { raw_on(out, accumulate, a, b, gemm::Parallelism::Rayon(0)) }
-}
-
-/// # Safety
-/// As of [`raw`].
-unsafe fn raw_on<T: Real>(out: *mut T, accumulate: bool, a: Matrix<T>, b: Matrix<T>, threads: gemm::Parallelism) {
     assert_eq!(a.cols, b.rows, "the inner dimension of a product");
     let ((a_row, a_col), (b_row, b_col)) = (a.strides(), b.strides());
     // SAFETY: the caller vouches for `out`; a `Matrix` spans exactly its slice, with these strides.
@@ -93,7 +79,7 @@ unsafe fn raw_on<T: Real>(out: *mut T, accumulate: bool, a: Matrix<T>, b: Matrix
             false,
             false,
             false,
-            threads,
+            gemm::Parallelism::Rayon(0),
         )
     }
 }
