@@ -45,7 +45,7 @@ use candle_core::{Device, Tensor};
 /// `[batch, heads, q_len, head_dim]`; differentiable. Memory is O(kv_len), time that of dense attention.
 ///
 /// f32, f64, and bf16 or f16 computed in f32. With the feature `cuda` also on NVIDIA GPUs of compute capability 8.0 or newer, for
-/// heads of at most 256 channels, without f64 and without dropout; the result and the gradients are the same bits in every run.
+/// heads of at most 256 channels, without f64; the result and the gradients are the same bits in every run.
 /// Strides are free but for the last dimension, which is copied if it is not
 /// contiguous. A query that has nothing to attend to (a landmark that opens the text) gets zeros.
 ///

@@ -39,6 +39,13 @@ pub struct Dropout {
     pub seed: u64,
 }
 
+impl Dropout {
+    /// What falls with probability `p` does where its hash is below the first number; what is kept is multiplied by the second.
+    pub(crate) fn threshold(p: f32) -> (u32, f64) {
+        ((p as f64 * 2f64.powi(32)) as u32, 1. / (1. - p as f64))
+    }
+}
+
 /// The parameters of [`landmark_attention`](crate::landmark_attention).
 #[derive(Debug, Clone)]
 pub struct LandmarkParams {

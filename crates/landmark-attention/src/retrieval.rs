@@ -26,10 +26,8 @@ pub enum Selection {
 /// the end of its place, its landmark where all have theirs, and what is before it is never read.
 #[derive(Debug, Clone, Copy)]
 pub struct Blocks<'a> {
-    /// Keys `[batch, kv_heads, capacity, block, head_dim]`, rotated to their offset in the block; the landmark is the last.
-    pub keys: &'a Tensor,
-    /// Values, likewise.
-    pub values: &'a Tensor,
+    /// Keys, rotated to their offset in the block, the landmark the last; and values.
+    pub kept: Kept<'a>,
     /// The landmarks' keys `[batch, kv_heads, capacity, head_dim]`, once more: scoring reads nothing else.
     pub landmarks: &'a Tensor,
     /// Place of the oldest block.
@@ -38,6 +36,41 @@ pub struct Blocks<'a> {
     pub len: usize,
     /// Ordinary tokens of each block, oldest first, at least 1 and less than `block`; `None`: all are full.
     pub lengths: Option<&'a [u32]>,
+}
+
+/// Where the keys and values of blocks are.
+#[derive(Clone, Copy)]
+pub enum Kept<'a> {
+    /// In the ring, `[batch, kv_heads, capacity, block, head_dim]` each.
+    Ring {
+        /// Keys.
+        keys: &'a Tensor,
+        /// Values.
+        values: &'a Tensor,
+    },
+    /// Each by itself, anywhere in the CPU's memory, in f32.
+    Frames {
+        /// Positions of a block's place.
+        block: usize,
+        /// Where each block is.
+        frames: &'a dyn Frames,
+    },
+}
+
+/// Finds blocks that are each in memory of their own.
+pub trait Frames: Sync {
+    /// Keys and values `[block, head_dim]` of a block, by key-value head (counted over the rows of the batch) and block (oldest first); `None`
+    /// where they are not in memory.
+    fn frame(&self, head: usize, block: usize) -> Option<[&[f32]; 2]>;
+}
+
+impl std::fmt::Debug for Kept<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Ring { keys, .. } => write!(f, "Ring({:?})", keys.shape()),
+            Self::Frames { block, .. } => write!(f, "Frames({block})"),
+        }
+    }
 }
 
 /// The queries of a chunk and the slots that blocks may be put into.
@@ -91,7 +124,7 @@ pub fn select(queries: SlotQueries, blocks: Blocks, k: usize, selection: Selecti
 /// Attention over the chosen blocks, u32 `[batch, heads, time, k]` ascending, as [`select`] returns them. No gradient.
 ///
 /// # Errors
-/// Those of [`select`]; on the CPU, an index of no cached block. A GPU does not wait to look at them: there a query with such an index gets NaN,
+/// Those of [`select`]; on the CPU, an index of no cached block, or of one that is in no frame. A GPU does not wait to look at them: there a query with such an index gets NaN,
 /// and nothing is read for it.
 pub fn attend(queries: SlotQueries, blocks: Blocks, chosen: &Tensor) -> Result<Retrieved> {
     const OP: &str = "attend";
@@ -123,6 +156,16 @@ pub fn attend(queries: SlotQueries, blocks: Blocks, chosen: &Tensor) -> Result<R
     if let Some(block) = indices.iter().find(|&&i| i as usize >= blocks.len) {
         let got = block.to_string();
         return Err(Error::Param { op: OP, name: "chosen", got, expected: "indices of cached blocks" });
+    }
+    if let Kept::Frames { frames, block } = blocks.kept {
+        let elements = block * shape.head_dim;
+        let fits = |frame: [&[f32]; 2]| frame.iter().all(|part| part.len() == elements);
+        for (bh, chosen) in indices.chunks_exact(time * k).enumerate() {
+            if let Some(block) = chosen.iter().find(|&&i| !frames.frame(shape.kv(bh), i as usize).is_some_and(fits)) {
+                let got = format!("block {block}, which is in no frame of {elements} elements");
+                return Err(Error::Param { op: OP, name: "chosen", got, expected: "blocks in memory" });
+            }
+        }
     }
     Ok(cpu::retrieval::attend(&shape, queries, blocks, &indices, k)?)
 }
@@ -173,23 +216,43 @@ impl RetrievalShape {
         let &[slots, batch, heads, time, head_dim] = q.dims() else {
             return Err(shape("queries", q, "[slots, batch, heads, time, head_dim]".into()));
         };
-        let (kv_heads, capacity, block) = match blocks.keys.dims() {
-            &[b, kv_heads, capacity, block, d]
-                if b == batch && d == head_dim && kv_heads > 0 && heads % kv_heads == 0 && block >= 2 =>
-            {
-                (kv_heads, capacity, block)
+        let (kv_heads, capacity) = match blocks.landmarks.dims() {
+            &[b, kv_heads, capacity, d] if b == batch && d == head_dim && kv_heads > 0 && heads % kv_heads == 0 => {
+                (kv_heads, capacity)
             }
             _ => {
-                let expected = format!("[{batch}, kv_heads that divide {heads}, capacity, block, {head_dim}]");
-                return Err(shape("keys", blocks.keys, expected));
+                let expected = format!("[{batch}, kv_heads that divide {heads}, capacity, {head_dim}]");
+                return Err(shape("landmarks", blocks.landmarks, expected));
             }
         };
-        if blocks.values.dims() != blocks.keys.dims() {
-            return Err(shape("values", blocks.values, format!("{:?}, as the keys", blocks.keys.dims())));
-        }
-        if blocks.landmarks.dims() != [batch, kv_heads, capacity, head_dim] {
-            let expected = format!("[{batch}, {kv_heads}, {capacity}, {head_dim}]");
-            return Err(shape("landmarks", blocks.landmarks, expected));
+        let block = match blocks.kept {
+            Kept::Ring { keys, values } => {
+                let block = match keys.dims() {
+                    &[b, h, c, block, d] if (b, h, c, d) == (batch, kv_heads, capacity, head_dim) => block,
+                    _ => {
+                        let expected = format!("[{batch}, {kv_heads}, {capacity}, block, {head_dim}]");
+                        return Err(shape("keys", keys, expected));
+                    }
+                };
+                if values.dims() != keys.dims() {
+                    return Err(shape("values", values, format!("{:?}, as the keys", keys.dims())));
+                }
+                block
+            }
+            Kept::Frames { block, .. } => {
+                if !q.device().is_cpu() {
+                    let expected = "the CPU, where frames are".into();
+                    return Err(Error::Device { op, tensor: "queries", got: q.device().location(), expected });
+                }
+                if q.dtype() != DType::F32 {
+                    let expected = "f32, as frames".into();
+                    return Err(Error::DType { op, tensor: "queries", got: q.dtype(), expected });
+                }
+                block
+            }
+        };
+        if block < 2 {
+            return Err(Error::Param { op, name: "block", got: block.to_string(), expected: "at least 2" });
         }
         if blocks.len == 0 || blocks.len > capacity || blocks.first >= capacity || queries.newest > blocks.len {
             let got = format!("first {}, len {}, newest {}", blocks.first, blocks.len, queries.newest);
@@ -204,9 +267,11 @@ impl RetrievalShape {
         if slots < queries.newest + 1 {
             return Err(shape("queries", q, format!("queries for {} slots", queries.newest + 1)));
         }
-        let tensors =
-            [("queries", q), ("keys", blocks.keys), ("values", blocks.values), ("landmarks", blocks.landmarks)];
-        for (tensor, x) in tensors {
+        let kept = match blocks.kept {
+            Kept::Ring { keys, values } => vec![("keys", keys), ("values", values)],
+            Kept::Frames { .. } => vec![],
+        };
+        for (tensor, x) in [("queries", q), ("landmarks", blocks.landmarks)].into_iter().chain(kept) {
             let (fits, expected) = match x.device() {
                 Device::Cpu => (matches!(x.dtype(), DType::F32 | DType::F64), "f32 or f64, the same for all"),
                 #[cfg(feature = "cuda")]
@@ -232,8 +297,13 @@ impl RetrievalShape {
         }
         #[cfg(feature = "cuda")]
         if q.device().is_cuda() {
-            cuda::retrieval::check(op, q, blocks.keys)?;
+            cuda::retrieval::check(op, q, blocks.landmarks, block)?;
         }
         Ok(Self { slots, batch, heads, kv_heads, time, head_dim, block, capacity })
+    }
+
+    /// The key-value head, counted over rows, of query head `bh`.
+    pub fn kv(&self, bh: usize) -> usize {
+        bh / self.heads * self.kv_heads + bh % self.heads / (self.heads / self.kv_heads)
     }
 }

@@ -227,6 +227,36 @@ fn gradients_without_a_graph() {
     }
 }
 
+/// A GPU drops what the CPU drops.
+#[test]
+fn dropout() {
+    let Some(device) = gpu() else { return };
+    let mut numbers = Numbers(6);
+    for (block, head_dim, q_len, kv_len) in
+        [(5, 64, 90, 97), (51, 128, 200, 200), (64, 64, 130, 300), (100, 64, 300, 300), (51, 64, 1, 900)]
+    {
+        let q = |n: &mut Numbers| n.tensor((2, 4, q_len, head_dim));
+        let kv = |n: &mut Numbers| n.tensor((2, 2, kv_len, head_dim));
+        let tensors = [q(&mut numbers), kv(&mut numbers), kv(&mut numbers), q(&mut numbers)];
+        for (weights, groups) in [(0.3, 0.), (0., 0.4), (0.2, 0.3)] {
+            let dropout = Some(Dropout { weights, groups, seed: 1 << 40 | 9 });
+            let params = LandmarkParams { dropout, ..LandmarkParams::new(Landmarks::Every(block)) };
+            for (dtype, tolerance) in TYPES {
+                let expected = run(landmark_attention, &tensors, &params, dtype, DType::F64, &Device::Cpu);
+                let got = run(landmark_attention, &tensors, &params, dtype, dtype, &device);
+                for ((got, expected), name) in got.iter().zip(&expected).zip(["out", "dq", "dk", "dv"]) {
+                    assert_near(
+                        &format!("block {block} {weights} {groups} {dtype:?} {name}"),
+                        got,
+                        expected,
+                        tolerance,
+                    );
+                }
+            }
+        }
+    }
+}
+
 /// A landmark that opens the text has nothing to attend to: zeros, and no gradient, never NaN.
 #[test]
 fn a_query_without_candidates_gets_zeros() {
@@ -249,8 +279,6 @@ fn what_only_the_cpu_does_is_refused() {
     let error = |x: &Tensor, params: &LandmarkParams| landmark_attention(x, x, x, params).unwrap_err().to_string();
     assert!(error(&x(64, DType::F64), &params).contains("q has dtype F64, expected f32, bf16 or f16 on a GPU"));
     assert!(error(&x(300, DType::F32), &params).contains("a head_dim of at most 256 on a GPU"));
-    let dropout = Some(Dropout { weights: 0.1, groups: 0., seed: 0 });
-    assert!(error(&x(64, DType::F32), &LandmarkParams { dropout, ..params.clone() }).contains("dropout"));
     let (q, k) = (x(64, DType::F32), x(64, DType::F32).to_device(&Device::Cpu).unwrap());
     assert!(landmark_attention(&q, &k, &k, &params).unwrap_err().to_string().contains("k is on Cpu"));
 }

@@ -8,7 +8,7 @@ mod numbers;
 
 use candle_core::{DType, Device, Tensor};
 use gpu::gpu;
-use landmark_attention::retrieval::{Blocks, Retrieved, Selection, SlotQueries, attend, join, select};
+use landmark_attention::retrieval::{Blocks, Kept, Retrieved, Selection, SlotQueries, attend, join, select};
 use landmark_attention::{LandmarkParams, Landmarks, landmark_attention_with_lse};
 use numbers::Numbers;
 
@@ -83,7 +83,8 @@ impl Case {
             [&self.queries, &self.keys, &self.values, &self.landmarks].map(|x| to(x, dtype, device));
         let queries = SlotQueries { queries: &queries, newest: self.newest, scale: self.scale };
         let (first, len, lengths) = (self.first, self.len, self.lengths.as_deref());
-        f(queries, Blocks { keys: &keys, values: &values, landmarks: &landmarks, first, len, lengths })
+        let kept = Kept::Ring { keys: &keys, values: &values };
+        f(queries, Blocks { kept, landmarks: &landmarks, first, len, lengths })
     }
 
     fn chosen(&self, k: usize, selection: Selection, dtype: DType, device: &Device) -> Tensor {

@@ -146,6 +146,22 @@ fn adapters_are_trained_resumed_and_merged() {
     let error = support::error(folder, "merge --model_name_or_path base --adapter base --out merged");
     assert!(error.contains("--adapter base") && error.contains("landmarks"), "{error}");
     peft_reads(folder, &model);
+
+    // Read beside the base, it is the merged model; rounded it is half as large.
+    let eval = "eval --dataset redpajama --split validation --eval_seq_length 44 --use_cache --device cpu --json";
+    succeed(folder, &format!("{eval} merged.json --checkpoint merged"));
+    succeed(folder, &format!("{eval} beside.json --checkpoint base --adapter whole"));
+    let loss = |name: &str| {
+        serde_json::from_slice::<serde_json::Value>(&file(folder, name)).unwrap()["loss"].as_f64().unwrap()
+    };
+    assert_eq!(loss("merged.json"), loss("beside.json"));
+    succeed(folder, "export --checkpoint whole --out rounded");
+    let bytes = |name: &str| file(folder, &format!("{name}/adapter_model.safetensors")).len();
+    assert!(bytes("rounded") < bytes("whole") * 3 / 4);
+    succeed(folder, &format!("{eval} rounded.json --checkpoint base --adapter rounded"));
+    assert!((loss("rounded.json") - loss("beside.json")).abs() < 1e-2);
+    let error = support::error(folder, &format!("{eval} other.json --checkpoint base --adapter base"));
+    assert!(error.contains("--adapter base") && error.contains("landmarks"), "{error}");
 }
 
 /// A Python with `peft`, if this machine has one. `LANDMARK_PYTHON` names another than `python3`.
@@ -196,6 +212,9 @@ fn what_cannot_work_is_refused_by_name() {
         ("--eval_steps 4", "--eval_steps is refused: it needs"),
         ("--save_strategy epoch", "--save_strategy epoch is refused"),
         ("--answer_weight 3", "--answer_weight is refused"),
+        ("--negative_share 0.3", "--negative_share is refused"),
+        ("--negative_rows 2", "negative_rows"),
+        ("--negative_rows 1 --negative_top_k 9", "negative_top_k"),
         ("--max_steps 0", "--max_steps 0"),
         ("--mem_freq 0", "--mem_freq"),
         ("--learning_rate 0", "--learning_rate: 0"),
@@ -242,11 +261,12 @@ fn weight_diffs_are_made_and_recovered() {
     assert!(error.contains("landmarks"), "{error}");
 }
 
-/// Exercises need longer rows than plain text.
+/// Exercises need longer rows than plain text. Beside them, rows that lend their landmarks.
 #[test]
 fn exercises_are_planted() {
     let folder = prepared();
-    let flags = "--model_max_length 300 --mem_freq 25 --exercise_rows 0.5 --max_steps 2 --output_dir exercised";
+    let flags = "--model_max_length 300 --mem_freq 25 --exercise_rows 0.25 --negative_rows 1 \
+        --per_device_train_batch_size 4 --max_steps 2 --output_dir exercised";
     let (code, _, log) = finetune(folder.path(), flags);
     assert_eq!(code, Some(0), "{log}");
 }

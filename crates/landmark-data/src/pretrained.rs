@@ -16,7 +16,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::{Error, Result, TOKENIZER_FILE, Tokenizer, output};
+use crate::{Error, Fingerprint, Result, TOKENIZER_FILE, Tokenizer, output};
 
 const SETTINGS: &str = "tokenizer_config.json";
 const TEMPLATE: &str = "chat_template.jinja";
@@ -27,6 +27,9 @@ const ADDED_TOKENS: &str = "added_tokens.json";
 
 /// How the landmark token is spelled.
 const LANDMARK: &str = "<landmark>";
+
+/// The setting that says which tokenizer it was before it got the landmark: texts that were prepared with that one are its too.
+const BEFORE: &str = "landmark_tokenizer_before";
 
 /// A tokenizer and the conventions of the model that it belongs to.
 #[derive(Clone, Debug)]
@@ -102,6 +105,8 @@ impl Pretrained {
         template: Option<String>,
         files: BTreeMap<&'static str, Vec<u8>>,
     ) -> Self {
+        let before = settings.get(BEFORE).and_then(Value::as_str).and_then(Fingerprint::from_hex);
+        let tokenizer = before.map_or(tokenizer.clone(), |before| tokenizer.after(before));
         // A token, or an object that spells it.
         let token = |name: &str| {
             let value = settings.get(name)?;
@@ -140,6 +145,9 @@ impl Pretrained {
         let (tokenizer, id) = self.tokenizer.with_special_token(LANDMARK)?;
         let mut new = Self { tokenizer, ..self.clone() };
         add_to_list(&mut new.settings, LANDMARK);
+        if let Some(before) = new.tokenizer.before() {
+            new.settings.insert(BEFORE.into(), before.hex().into());
+        }
         if let Some(Value::Object(decoder)) = new.settings.get_mut("added_tokens_decoder") {
             let token = json!({
                 "content": LANDMARK, "lstrip": false, "normalized": false, "rstrip": false, "single_word": false, "special": true,
@@ -260,6 +268,10 @@ mod tests {
         assert_eq!(json(SPECIAL_TOKENS)["additional_special_tokens"], json!(["<x>", LANDMARK]));
         assert_eq!(json(ADDED_TOKENS)[LANDMARK], 50_257);
         assert_eq!(json(GENERATION), json!({"temperature": 0.5}));
+        assert!(
+            again.tokenizer.encodes_as(read.tokenizer.fingerprint())
+                && !read.tokenizer.encodes_as(with.tokenizer.fingerprint())
+        );
         // Texts are what they were, and one that spells it out is no landmark.
         let text = "It was <landmark> a dark night.";
         assert_eq!(again.tokenizer.encode(text).unwrap(), read.tokenizer.encode(text).unwrap());

@@ -25,55 +25,31 @@ use candle_core::{DType, Device, Tensor};
 use landmark_attention::retrieval::{self, Selection, SlotQueries};
 use landmark_attention::{Attend, LandmarkParams, Rope, Rotation, landmark_attention_with_lse};
 
+use crate::config::CacheConfig;
 use crate::distances::Distances;
 use crate::layout::{Layout, block_sizes};
+use crate::paged::{Paged, Tiers};
 use crate::reads::Reads;
 use crate::store::BlockStore;
 use crate::{BlockRead, Error, Result};
-
-/// What a cache is made for.
-#[derive(Debug, Clone)]
-pub struct CacheConfig {
-    /// Layers of the model.
-    pub layers: usize,
-    /// Rows of the batch.
-    pub batch: usize,
-    /// Heads of keys and values.
-    pub kv_heads: usize,
-    /// Ordinary tokens of a block, or the most of them; a landmark follows them.
-    pub mem_freq: usize,
-    /// The landmark's token id.
-    pub landmark_id: u32,
-    /// Blocks that a query reads, the authors' `--cache_topk`. 0: none, the window only.
-    pub top_k: usize,
-    /// How they are chosen.
-    pub selection: Selection,
-    /// Blocks that are kept, the authors' `--mem_cache_size`; `None`: all.
-    pub max_blocks: Option<usize>,
-    /// Positions that the model was trained on.
-    pub window: usize,
-    /// For a model with a context-miss token, how it is used.
-    pub context_miss: Option<ContextMiss>,
-}
-
-/// How a context-miss token gates retrieval (paper, appendix): a query's retrieved blocks are weighted by the token's weight.
-#[derive(Debug, Clone, Copy)]
-pub struct ContextMiss {
-    /// Queries under this weight (the authors' `--rem_cutoff`) retrieve nothing.
-    pub cutoff: Option<f64>,
-}
 
 /// A text that a model has read, and can go on reading.
 #[derive(Debug)]
 pub struct LandmarkCache {
     config: CacheConfig,
     rope: Rope,
-    layers: Vec<Layer>,
+    store: BlockStore,
+    /// For each layer keys (before rotation) and values of the unfinished block, `[batch, kv_heads, u, head_dim]`.
+    unfinished: Vec<Option<(Tensor, Tensor)>>,
     /// Finished blocks of the text, dropped ones included.
     finished: usize,
-    /// Ordinary tokens of the cached blocks, oldest first, and of the text before them.
+    /// Ordinary tokens of the cached blocks, oldest first, and the text's token that each begins with.
     lengths: Vec<u32>,
-    dropped_tokens: usize,
+    starts: Vec<usize>,
+    /// Cached blocks that are shorter than their place.
+    short: usize,
+    /// Tokens of the text in finished blocks.
+    tokens: usize,
     reads: Option<Reads>,
     distances: Option<Distances>,
     retrievals: Retrievals,
@@ -88,58 +64,43 @@ pub struct Retrievals {
     pub skipped: usize,
 }
 
-#[derive(Debug)]
-struct Layer {
-    store: BlockStore,
-    /// Keys (before rotation) and values of the unfinished block, `[batch, kv_heads, u, head_dim]`.
-    unfinished: Option<(Tensor, Tensor)>,
-}
-
 impl LandmarkCache {
     /// An empty cache for a model whose heads are rotated by `rope`.
     ///
     /// # Errors
     /// A setting outside its range, by name.
     pub fn new(config: CacheConfig, rope: Rope, dtype: DType, device: &Device) -> Result<Self> {
-        let wrong = |name, got: usize, expected: &str| {
-            Err(Error::Config { name, got: got.to_string(), expected: expected.to_string() })
-        };
-        if config.mem_freq == 0 {
-            return wrong("mem_freq", 0, "at least 1");
-        }
-        if config.layers == 0 || config.batch == 0 || config.kv_heads == 0 {
-            return wrong("layers, batch or kv_heads", 0, "at least 1");
-        }
-        if let Some(max) = config.max_blocks
-            && max < config.top_k.max(1)
-        {
-            return wrong("mem_cache_size", max, &format!("at least cache_topk, {}", config.top_k.max(1)));
-        }
-        let block = config.mem_freq + 1;
-        if (config.top_k + 1) * block >= config.window {
-            let expected = format!(
-                "at most {}: a window of {} positions holds {} blocks of {block} and a chunk",
-                (config.window / block).saturating_sub(2),
-                config.window,
-                config.window / block,
-            );
-            return wrong("cache_topk", config.top_k, &expected);
-        }
-        let shape = [config.batch, config.kv_heads, block, rope.head_dim()];
-        let layers = (0..config.layers)
-            .map(|_| Ok(Layer { store: BlockStore::new(shape, config.max_blocks, dtype, device)?, unfinished: None }))
-            .collect::<Result<_>>()?;
-        Ok(Self {
+        config.check()?;
+        let store = BlockStore::in_memory(&config, rope.head_dim(), dtype, device)?;
+        Ok(Self::with_store(config, rope, store))
+    }
+
+    /// The same with its blocks in tiers: encoded in memory, and decoded while they are used. It computes on the CPU, in f32.
+    ///
+    /// # Errors
+    /// A setting outside its range, by name.
+    pub fn in_tiers(config: CacheConfig, rope: Rope, tiers: Tiers) -> Result<Self> {
+        config.check()?;
+        let store = Paged::new(&config, rope.head_dim(), tiers, None)?;
+        Ok(Self::with_store(config, rope, BlockStore::Paged(Box::new(store))))
+    }
+
+    pub(crate) fn with_store(config: CacheConfig, rope: Rope, store: BlockStore) -> Self {
+        let unfinished = (0..config.layers).map(|_| None).collect();
+        Self {
             config,
             rope,
-            layers,
+            store,
+            unfinished,
             finished: 0,
             lengths: Vec::new(),
-            dropped_tokens: 0,
+            starts: Vec::new(),
+            short: 0,
+            tokens: 0,
             reads: None,
             distances: None,
             retrievals: Retrievals::default(),
-        })
+        }
     }
 
     /// Ordinary tokens that a chunk may have at most: the window less `k + 1` blocks.
@@ -164,18 +125,18 @@ impl LandmarkCache {
 
     /// Blocks that each layer holds.
     pub fn cached_blocks(&self) -> usize {
-        self.layers[0].store.len()
+        self.store.len()
     }
 
     /// Bytes set aside for blocks, in all layers.
     pub fn bytes(&self) -> usize {
-        self.layers.iter().map(|layer| layer.store.bytes()).sum()
+        self.store.bytes()
     }
 
     /// Bytes that so many blocks take, or as many as are kept, in all layers.
     pub fn bytes_of(&self, blocks: usize) -> usize {
         let kept = self.config.max_blocks.map_or(blocks, |max| max.min(blocks));
-        self.layers.iter().map(|layer| layer.store.bytes_of(kept)).sum()
+        self.store.bytes_of(kept)
     }
 
     /// Sets memory aside for so many blocks, or as many as are kept: a text of known length is then read without ever copying its
@@ -184,7 +145,15 @@ impl LandmarkCache {
     /// # Errors
     /// Not so much memory on the device.
     pub fn reserve(&mut self, blocks: usize) -> Result<()> {
-        self.layers.iter_mut().try_for_each(|layer| layer.store.reserve(blocks))
+        self.store.reserve(blocks)
+    }
+
+    /// Of a cache in tiers: how often a head's block was brought into RAM, and how often it was there already, since the text began.
+    pub fn loads(&self) -> (u64, u64) {
+        match &self.store {
+            BlockStore::Rings(_) => (0, 0),
+            BlockStore::Paged(paged) => paged.loads(),
+        }
     }
 
     /// Share of the tokens' and layers' retrievals that the context-miss token saved.
@@ -221,13 +190,11 @@ impl LandmarkCache {
 
     /// Forgets the text.
     pub fn clear(&mut self) {
-        for layer in &mut self.layers {
-            layer.store.clear();
-            layer.unfinished = None;
-        }
-        self.finished = 0;
+        self.store.clear();
+        self.unfinished.fill(None);
+        (self.finished, self.short, self.tokens) = (0, 0, 0);
         self.lengths.clear();
-        self.dropped_tokens = 0;
+        self.starts.clear();
         self.retrievals = Retrievals::default();
     }
 
@@ -288,14 +255,14 @@ impl LandmarkCache {
             distances.push(distance);
             distance += i64::from(length) + 1;
         }
-        let has_older = self.finished > top_k;
+        // Where blocks were dropped, there may be less.
+        let has_older = self.finished > top_k && self.cached_blocks() >= top_k;
         if has_older && top_k > 0 {
             distances.push(distance);
         }
         let start = distance - if has_older { 0 } else { block as i64 };
         let at = |from: i64, n: usize| self.rope.at(&(from..from + n as i64).collect::<Vec<_>>());
         let offsets: Vec<i64> = (0..sizes.len() * block).map(|i| (i % block) as i64).collect();
-        let is_short = |n: &u32| (*n as usize) < mem_freq;
         let mut chunk = Chunk {
             q: at(start, length),
             k: at(start - unfinished as i64, unfinished + length),
@@ -309,7 +276,7 @@ impl LandmarkCache {
             miss: self.rope.at(&[-1]),
             unfinished,
             newest: if has_older { top_k } else { 0 },
-            are_short: self.lengths.iter().any(is_short),
+            are_short: self.short > 0,
             layout: Layout::new(&sizes, batch, unfinished + length, mem_freq, tokens.device())?,
             pending: Vec::with_capacity(layers),
             retrievals: Retrievals::default(),
@@ -320,24 +287,56 @@ impl LandmarkCache {
         if pending.len() != layers {
             return Err(Error::Layer { got: pending.len(), expected: pending.len(), layers });
         }
-        for (layer, Pending { finished, unfinished }) in self.layers.iter_mut().zip(pending) {
-            if let Some((keys, values)) = finished {
-                layer.store.append(&keys, &values)?;
-            }
-            layer.unfinished = unfinished;
+        let finished: Vec<(Tensor, Tensor)> = pending.iter().filter_map(|layer| layer.finished.clone()).collect();
+        let mut start = self.tokens;
+        let begins = sizes.iter().map(|&size| {
+            start += size as usize;
+            (start - size as usize, size)
+        });
+        let blocks: Vec<(usize, u32)> = begins.collect();
+        if !finished.is_empty() {
+            self.store.append(&finished, &blocks)?;
         }
-        self.finished += sizes.len();
-        self.lengths.extend(sizes);
-        let surplus = self.lengths.len() - self.cached_blocks();
-        self.dropped_tokens += self.lengths.drain(..surplus).map(|n| n as usize).sum::<usize>();
+        self.unfinished = pending.into_iter().map(|layer| layer.unfinished).collect();
+        self.note(&blocks);
         self.retrievals.done += retrievals.done;
         self.retrievals.skipped += retrievals.skipped;
         Ok(out.contiguous()?.index_select(&ordinary, 1)?)
     }
 
+    /// Where finished blocks are, and the keys and values of the unfinished one.
+    pub(crate) fn parts(&mut self) -> (&mut BlockStore, &[Option<(Tensor, Tensor)>]) {
+        (&mut self.store, &self.unfinished)
+    }
+
+    /// Goes on with a text of which `finished` blocks, with `tokens` tokens, were read, and these are still there.
+    pub(crate) fn restore(
+        &mut self,
+        blocks: &[(usize, u32)],
+        finished: usize,
+        tokens: usize,
+        unfinished: Vec<Option<(Tensor, Tensor)>>,
+    ) {
+        self.note(blocks);
+        (self.finished, self.tokens, self.unfinished) = (finished, tokens, unfinished);
+    }
+
+    /// These blocks, which begin and are as long as told, are finished and stored.
+    pub(crate) fn note(&mut self, blocks: &[(usize, u32)]) {
+        let is_short = |n: &u32| (*n as usize) < self.config.mem_freq;
+        self.finished += blocks.len();
+        self.starts.extend(blocks.iter().map(|&(start, _)| start));
+        self.lengths.extend(blocks.iter().map(|&(_, length)| length));
+        self.short += blocks.iter().filter(|(_, length)| is_short(length)).count();
+        self.tokens = blocks.last().map_or(self.tokens, |&(start, length)| start + length as usize);
+        let surplus = self.lengths.len() - self.store.len();
+        self.starts.drain(..surplus);
+        self.short -= self.lengths.drain(..surplus).filter(is_short).count();
+    }
+
     /// Tokens of the unfinished block.
-    fn unfinished(&self) -> usize {
-        self.layers[0].unfinished.as_ref().map_or(0, |(k, _)| k.dims()[2])
+    pub(crate) fn unfinished(&self) -> usize {
+        self.unfinished[0].as_ref().map_or(0, |(k, _)| k.dims()[2])
     }
 }
 
@@ -380,7 +379,7 @@ impl Chunk<'_> {
         v: &Tensor,
         miss: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let (k, v) = match &self.cache.layers[layer].unfinished {
+        let (k, v) = match &self.cache.unfinished[layer] {
             // candle joins strided tensors into strided ones, which it cannot take rows from.
             Some((old_k, old_v)) => {
                 (Tensor::cat(&[old_k, &k.contiguous()?], 2)?, Tensor::cat(&[old_v, &v.contiguous()?], 2)?)
@@ -422,32 +421,27 @@ impl Chunk<'_> {
         let CacheConfig { top_k, selection, .. } = self.cache.config;
         let scale = 1. / (q_slots.dims()[4] as f64).sqrt();
         let queries = SlotQueries { queries: q_slots, newest: self.newest, scale };
-        let blocks = self.cache.layers[layer].store.blocks(self.are_short.then_some(&self.cache.lengths));
-        let chosen = retrieval::select(queries, blocks, top_k, selection)?;
-        let retrieved = retrieval::attend(queries, blocks, &chosen)?;
+        let LandmarkCache { store, lengths, .. } = &mut *self.cache;
+        let lengths = self.are_short.then_some(&lengths[..]);
+        let (retrieved, chosen) = store.retrieve(layer, queries, lengths, top_k, selection)?;
         self.retrievals.done += q_slots.dims()[3];
-        let store = &self.cache.layers[layer].store;
+        let store = &self.cache.store;
         if let Some(distances) = &mut self.cache.distances {
-            let oldest = self.cache.finished - store.len();
+            let finished = self.cache.finished;
             let block_of = |i: usize| {
                 let row = self.unfinished + tokens.map_or(i, |tokens| tokens[i] as usize);
                 self.cache.finished + self.layout.landmark_rows.partition_point(|&landmark| (landmark as usize) < row)
             };
-            distances.add(&chosen, |i| block_of(i) - oldest)?;
+            distances.add(&chosen, |i, block| block_of(i) - store.number(block, finished))?;
         }
         Ok((retrieved, chosen))
     }
 
     fn trace(&mut self, retrieved: &retrieval::Retrieved, chosen: &Tensor, lse: &Tensor) -> Result<()> {
-        let oldest = self.cache.finished - self.cache.layers[0].store.len();
-        let LandmarkCache { reads, lengths, dropped_tokens, .. } = &mut *self.cache;
+        let LandmarkCache { reads, lengths, starts, store, finished, .. } = &mut *self.cache;
         if let Some(reads) = reads {
-            let ends = lengths.iter().scan(*dropped_tokens, |end, &n| {
-                *end += n as usize;
-                Some(*end)
-            });
-            let starts: Vec<usize> = std::iter::once(*dropped_tokens).chain(ends).collect();
-            reads.add(retrieved, chosen, lse, oldest, &starts)?;
+            let block_at = |i: usize| (store.number(i, *finished), starts[i]..starts[i] + lengths[i] as usize);
+            reads.add(retrieved, chosen, lse, block_at)?;
         }
         Ok(())
     }
@@ -538,8 +532,8 @@ fn miss_score(q: &Tensor, key: &Tensor, scale: f64) -> Result<Tensor> {
 
 impl Attend for Chunk<'_> {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<Tensor> {
-        if layer != self.pending.len() || layer >= self.cache.layers.len() {
-            let layers = self.cache.layers.len();
+        if layer != self.pending.len() || layer >= self.cache.config.layers {
+            let layers = self.cache.config.layers;
             return Err(Error::Layer { got: layer, expected: self.pending.len(), layers }.into());
         }
         if self.cache.config.context_miss.is_none() {

@@ -9,14 +9,13 @@ pub struct Distances {
 }
 
 impl Distances {
-    /// Counts what queries read: `chosen` u32 `[batch, heads, time, k]` and `block_of`, the block that a query itself is in, count from the
-    /// same block.
-    pub fn add(&mut self, chosen: &Tensor, block_of: impl Fn(usize) -> usize) -> Result<()> {
+    /// Counts what queries read, `chosen` u32 `[batch, heads, time, k]`; `distance` of a query's place in time and a chosen block is that in
+    /// blocks.
+    pub fn add(&mut self, chosen: &Tensor, distance: impl Fn(usize, usize) -> usize) -> Result<()> {
         let (_, _, time, k) = chosen.dims4()?;
         for (row, blocks) in chosen.flatten_all()?.to_vec1::<u32>()?.chunks_exact(k.max(1)).enumerate() {
-            let own = block_of(row % time);
             for &block in blocks {
-                let distance = own - block as usize;
+                let distance = distance(row % time, block as usize);
                 if distance >= self.counts.len() {
                     self.counts.resize(distance + 1, 0);
                 }

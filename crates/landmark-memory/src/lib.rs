@@ -4,18 +4,29 @@
 //! - [`LandmarkCache`] drives a model over a text: landmarks in, attention over retrieved blocks, landmark logits out;
 //! - [`XlCache`] is the Transformer-XL baseline, a cache of the last tokens' keys and values.
 //!
-//! Both hand themselves to the model as [`landmark_attention::Attend`]; they know nothing of models, files or tokenizers.
+//! Both hand themselves to the model as [`landmark_attention::Attend`]; they know nothing of models or tokenizers. A [`session`] is a landmark cache in
+//! a folder: its blocks are on disk, and in RAM while they are used.
 
 mod cache;
+mod codec;
+mod config;
 mod distances;
 mod error;
+mod frames;
 mod layout;
+mod paged;
 mod reads;
+mod ring;
+mod segments;
+pub mod session;
 mod store;
 mod xl;
 
-pub use cache::{CacheConfig, ContextMiss, LandmarkCache, Retrievals};
+pub use cache::{LandmarkCache, Retrievals};
+pub use codec::BlockType;
+pub use config::{CacheConfig, ContextMiss};
 pub use error::{Error, Result};
 pub use landmark_attention::retrieval::Selection;
+pub use paged::Tiers;
 pub use reads::BlockRead;
 pub use xl::XlCache;

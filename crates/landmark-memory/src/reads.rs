@@ -26,15 +26,14 @@ pub struct Reads {
 }
 
 impl Reads {
-    /// Adds what queries read: `chosen` u32 `[batch, heads, time, k]` counts from block `oldest`, whose tokens and those of the blocks
-    /// after it begin at `starts`; `lse` `[batch, heads, time]` is that of the whole attention.
+    /// Adds what queries read: `chosen` u32 `[batch, heads, time, k]` counts from the oldest block that is cached, `block_at`
+    /// tells a block's number in the text and its tokens; `lse` `[batch, heads, time]` is that of the whole attention.
     pub fn add(
         &mut self,
         retrieved: &Retrieved,
         chosen: &Tensor,
         lse: &Tensor,
-        oldest: usize,
-        starts: &[usize],
+        block_at: impl Fn(usize) -> (usize, Range<usize>),
     ) -> candle_core::Result<()> {
         let (batch, heads, time, _) = chosen.dims4()?;
         let shares = retrieved.scores.broadcast_sub(&lse.unsqueeze(3)?)?.exp()?.to_dtype(DType::F64)?;
@@ -42,9 +41,8 @@ impl Reads {
         for (b, row) in self.rows.iter_mut().enumerate() {
             let (chosen, shares) = (chosen.get(b)?.flatten_all()?, shares.get(b)?.flatten_all()?);
             for (block, share) in chosen.to_vec1::<u32>()?.into_iter().zip(shares.to_vec1::<f64>()?) {
-                let block = block as usize;
-                let read = row.entry(oldest + block).or_insert_with(|| (starts[block]..starts[block + 1], 0.));
-                read.1 += share;
+                let (number, tokens) = block_at(block as usize);
+                row.entry(number).or_insert_with(|| (tokens, 0.)).1 += share;
             }
         }
         self.attentions += heads * time;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
 use landmark_attention::{Pairs, Rope};
-use landmark_memory::{CacheConfig, LandmarkCache, Selection, XlCache};
+use landmark_memory::{BlockType, CacheConfig, LandmarkCache, Selection, Tiers, XlCache};
 use landmark_models::gpt::{Gpt, GptConfig, SoftmaxFunc, Variant};
 
 fn golden(case: &str) -> HashMap<String, Tensor> {
@@ -68,8 +68,7 @@ fn differences(got: &Tensor, expected: &Tensor) -> Vec<f64> {
     difference.flatten_all().unwrap().to_vec1::<f64>().unwrap()
 }
 
-fn cached_logits(model: &Gpt, config: CacheConfig, ids: &Tensor, chunk: usize) -> Tensor {
-    let mut cache = LandmarkCache::new(config, rope(), model.dtype(), ids.device()).unwrap();
+fn cached_logits(model: &Gpt, mut cache: LandmarkCache, ids: &Tensor, chunk: usize) -> Tensor {
     let logits: Vec<Tensor> = chunks(ids, chunk)
         .iter()
         .map(|chunk| {
@@ -78,6 +77,10 @@ fn cached_logits(model: &Gpt, config: CacheConfig, ids: &Tensor, chunk: usize) -
         })
         .collect();
     Tensor::cat(&logits, 1).unwrap()
+}
+
+fn bits(x: &Tensor) -> Vec<u32> {
+    x.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
 }
 
 fn check_cache(case: &str, top_k: usize, selection: Selection, max_blocks: usize, chunk: usize) {
@@ -97,7 +100,18 @@ fn check_cache(case: &str, top_k: usize, selection: Selection, max_blocks: usize
             window: 512,
             context_miss: None,
         };
-        let logits = cached_logits(&model(Variant::Landmark, dtype, &device), config, &ids, chunk);
+        let model = model(Variant::Landmark, dtype, &device);
+        let cache = LandmarkCache::new(config.clone(), rope(), dtype, &device).unwrap();
+        let logits = cached_logits(&model, cache, &ids, chunk);
+        if dtype == DType::F32 && device.is_cpu() {
+            // From tiers come the same bits, whether a block in use finds room in RAM or not.
+            for ram in [0, 20_000, 1 << 30] {
+                let tiers = Tiers { of: BlockType::F32, ram };
+                let cache = LandmarkCache::in_tiers(config.clone(), rope(), tiers).unwrap();
+                let tiered = cached_logits(&model, cache, &ids, chunk);
+                assert_eq!(bits(&tiered), bits(&logits), "{case}: tiers with {ram} bytes of RAM");
+            }
+        }
         let off = differences(&logits, &golden["logits"]);
         if dtype == DType::F64 {
             let largest = off.iter().copied().fold(0., f64::max);

@@ -62,7 +62,7 @@ impl Corpus {
         train.verify()?;
         validation.verify()?;
         let tokenizer = match (own, tokenizer) {
-            (Some(own), Some(given)) if own.fingerprint() != given.fingerprint() => {
+            (Some(own), Some(given)) if !given.encodes_as(own.fingerprint()) => {
                 let message = format!("{} was made with another tokenizer, which lies in it", folder.display());
                 return Err(Error::setting("tokenizer", message));
             }

@@ -77,7 +77,7 @@ impl Recipe for GptConfig {
             return Err(Error::setting("negative_rows", message));
         }
         let exercises = settings.exercises.as_ref().map_or(0, |options| options.rows(settings.batch_size));
-        Ok(negatives.check(model, settings.batch_size, exercises)?)
+        Ok(negatives.check(model.sequence_length, model.mem_freq, settings.batch_size, exercises)?)
     }
 
     fn rows(settings: &Settings) -> Rows {

@@ -67,6 +67,8 @@ impl Tuning {
             return Err(Error::setting("model_name_or_path", message));
         }
         let model = match (path.is_file(), &self.lora) {
+            // On a GPU products with quantized weights round what they meet to 8 bits, which no gradient knows of.
+            (true, Some(_)) if device.is_cuda() => Gguf::open(path)?.load(device)?.dequantized(precision.dtype())?,
             (true, Some(_)) => Gguf::open(path)?.load(device)?,
             (true, None) => {
                 let message = "the weights of a GGUF file cannot learn; train adapters beside them with --lora_r 8";
@@ -127,10 +129,9 @@ impl Recipe for Tuning {
         if settings.optimization_process != Process::Landmark {
             return Err(Error::setting("optimization_process", "a LLaMA is trained window by window"));
         }
-        if settings.negatives.is_some() {
-            return Err(Error::setting("negative_rows", "only a GPT sees the landmarks of other rows"));
-        }
-        Ok(())
+        let Some(negatives) = &settings.negatives else { return Ok(()) };
+        let exercises = settings.exercises.as_ref().map_or(0, |options| options.rows(settings.batch_size));
+        Ok(negatives.check(settings.model.window(), Some(*mem_freq), settings.batch_size, exercises)?)
     }
 
     fn rows(settings: &Settings<Self>) -> Rows {
@@ -202,8 +203,13 @@ impl Model for Tuned {
         mut each: impl FnMut(Read) -> Result<()>,
     ) -> Result<()> {
         let window = Window::new(batch, 0, batch.sequence_length)?;
-        let mut attention = self.model.window_attention(&window.ids)?;
         let seed = training.as_ref().map(|training| training.seed);
+        let negatives =
+            training.as_ref().and_then(|training| Some((training.negatives?, batch.exercises, training.seed)));
+        let mut attention = match negatives {
+            Some(negatives) => self.model.window_attention_with_negatives(&window.ids, negatives)?,
+            None => self.model.window_attention(&window.ids)?,
+        };
         let recording = training.map(|training| Recording::start(&training.rounded));
         let hidden = self.model.hidden_in_training(&window.ids, &mut attention, seed)?;
         each(Read { hidden, targets: window.targets, weights: window.weights, recording })

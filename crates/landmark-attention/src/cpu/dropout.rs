@@ -1,4 +1,5 @@
 //! Which weights fall: a hash of the seed and the place, so that forward and backward agree and nothing is stored.
+//! `cuda/dropout.cuh` draws the same.
 
 use super::lanes::Real;
 use crate::Dropout;
@@ -23,7 +24,7 @@ impl Draw {
         if self.dropout.weights == 0. {
             return;
         }
-        let (threshold, kept) = threshold(self.dropout.weights);
+        let (threshold, kept) = Dropout::threshold(self.dropout.weights);
         for (weights, j) in weights.chunks_exact_mut(row).zip(keys) {
             let key = mix(self.key ^ mix(j as u32));
             for (i, weight) in weights.iter_mut().enumerate() {
@@ -39,17 +40,13 @@ impl Draw {
         if self.dropout.groups == 0. {
             return;
         }
-        let (threshold, kept) = threshold(self.dropout.groups);
+        let (threshold, kept) = Dropout::threshold(self.dropout.groups);
         let key = mix(!self.key ^ mix(landmark as u32));
         for (i, share) in shares.iter_mut().enumerate() {
             let keep = mix(key ^ (first + i) as u32) >= threshold;
             *share = *share * if keep { T::cast(kept) } else { T::default() };
         }
     }
-}
-
-fn threshold(p: f32) -> (u32, f64) {
-    ((p as f64 * 2f64.powi(32)) as u32, 1. / (1. - p as f64))
 }
 
 /// The finaliser of MurmurHash3: every bit of the input reaches every bit of the output.

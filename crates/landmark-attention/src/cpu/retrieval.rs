@@ -12,7 +12,7 @@ use super::forward::{QUERIES_PER_TILE, Steps, pack_transposed};
 use super::lanes::Real;
 use super::product::Product;
 use super::single::{self, FEW};
-use crate::retrieval::{Blocks, RetrievalShape, Retrieved, Selection, SlotQueries};
+use crate::retrieval::{Blocks, Frames, Kept, RetrievalShape, Retrieved, Selection, SlotQueries};
 
 /// Landmarks scored at once.
 const LANDMARKS_PER_TILE: usize = 256;
@@ -22,8 +22,7 @@ struct Operands<'a, T> {
     shape: &'a RetrievalShape,
     /// `[slots, batch, heads, time, head_dim]`
     queries: &'a [T],
-    keys: &'a [T],
-    values: &'a [T],
+    kept: Slices<'a, T>,
     landmarks: &'a [T],
     first: usize,
     len: usize,
@@ -33,16 +32,16 @@ struct Operands<'a, T> {
     scale: f64,
 }
 
+/// [`Kept`] as slices.
+enum Slices<'a, T> {
+    Ring { keys: &'a [T], values: &'a [T] },
+    Frames(&'a dyn Frames),
+}
+
 impl<'a, T: Real> Operands<'a, T> {
     fn queries(&self, slot: usize, bh: usize) -> &'a [T] {
         let per_head = self.shape.time * self.shape.head_dim;
         &self.queries[(slot * self.shape.batch * self.shape.heads + bh) * per_head..][..per_head]
-    }
-
-    /// The key-value head, counted over rows, of query head `bh`.
-    fn kv(&self, bh: usize) -> usize {
-        let (heads, kv_heads) = (self.shape.heads, self.shape.kv_heads);
-        bh / heads * kv_heads + bh % heads / (heads / kv_heads)
     }
 
     fn place(&self, block: usize) -> usize {
@@ -54,11 +53,21 @@ impl<'a, T: Real> Operands<'a, T> {
         self.lengths.map_or(self.shape.block, |lengths| lengths[block] as usize + 1)
     }
 
-    /// Keys or values of a block, `[size, head_dim]`: what is before them in its place is left out.
-    fn block(&self, of: &'a [T], bh: usize, block: usize) -> &'a [T] {
-        let full = self.shape.block * self.shape.head_dim;
+    /// Keys and values of a block, `[size, head_dim]`: what is before them in its place is left out.
+    fn block(&self, bh: usize, block: usize) -> [&'a [T]; 2] {
+        let (kv, full) = (self.shape.kv(bh), self.shape.block * self.shape.head_dim);
         let unused = full - self.size(block) * self.shape.head_dim;
-        &of[(self.kv(bh) * self.shape.capacity + self.place(block)) * full..][unused..full]
+        let places = match self.kept {
+            Slices::Ring { keys, values } => {
+                let at = (kv * self.shape.capacity + self.place(block)) * full;
+                [&keys[at..], &values[at..]]
+            }
+            // `attend` looked for all of them.
+            Slices::Frames(frames) => {
+                frames.frame(kv, block).expect("a chosen block in a frame").map(bytemuck::cast_slice)
+            }
+        };
+        places.map(|place| &place[unused..full])
     }
 
     /// Base-2 scores of blocks for queries `from..from + n` of head `bh`: calls `visit(block, scores of n queries)` for all
@@ -70,7 +79,7 @@ impl<'a, T: Real> Operands<'a, T> {
             return self.scores_one_by_one(s, bh, from, n, visit);
         }
         let nv = n.div_ceil(lanes);
-        let landmarks = &self.landmarks[self.kv(bh) * self.shape.capacity * d..][..self.shape.capacity * d];
+        let landmarks = &self.landmarks[self.shape.kv(bh) * self.shape.capacity * d..][..self.shape.capacity * d];
         let (mut packed, mut scores) = (Vec::new(), vec![T::splat(s, T::default()); LANDMARKS_PER_TILE * nv]);
         let mut run = |slot: usize, blocks: std::ops::Range<usize>| {
             let steps = Steps { data: &self.queries(slot, bh)[from * d..], stride: d };
@@ -111,7 +120,7 @@ impl<'a, T: Real> Operands<'a, T> {
     #[inline(always)]
     fn scores_one_by_one<S: Simd>(&self, s: S, bh: usize, from: usize, n: usize, mut visit: impl FnMut(usize, &[T])) {
         let d = self.shape.head_dim;
-        let landmarks = &self.landmarks[self.kv(bh) * self.shape.capacity * d..][..self.shape.capacity * d];
+        let landmarks = &self.landmarks[self.shape.kv(bh) * self.shape.capacity * d..][..self.shape.capacity * d];
         let (scale, older) = (T::cast(self.scale), self.len - self.newest);
         let (mut q, mut scores) = (Vec::with_capacity(n * d), [T::default(); FEW]);
         for slot in 0..=self.newest {
@@ -369,7 +378,7 @@ impl<S: Simd, T: Real> WithSimd for AttendHead<'_, '_, S, T> {
             let block = chosen[group[0] as usize] as usize;
             let is_newest = block >= operands.len - operands.newest;
             let size = operands.size(block);
-            let (keys, values) = (operands.block(operands.keys, bh, block), operands.block(operands.values, bh, block));
+            let [keys, values] = operands.block(bh, block);
             if group.len() <= FEW && single::fits::<S, T>(d) {
                 for &reading in group {
                     let (t, rank) = (reading as usize / k, reading as usize % k);
@@ -470,7 +479,11 @@ fn with_operands<T: Real + WithDType, R>(
     blocks: Blocks,
     f: impl FnOnce(Operands<T>) -> R,
 ) -> candle_core::Result<R> {
-    let guards = [queries.queries, blocks.keys, blocks.values, blocks.landmarks].map(|t| t.storage_and_layout());
+    let mut tensors = vec![queries.queries, blocks.landmarks];
+    if let Kept::Ring { keys, values } = blocks.kept {
+        tensors.extend([keys, values]);
+    }
+    let guards: Vec<_> = tensors.into_iter().map(|t| t.storage_and_layout()).collect();
     let mut slices = Vec::with_capacity(4);
     for (storage, layout) in &guards {
         match &**storage {
@@ -481,9 +494,11 @@ fn with_operands<T: Real + WithDType, R>(
     Ok(f(Operands {
         shape,
         queries: slices[0],
-        keys: slices[1],
-        values: slices[2],
-        landmarks: slices[3],
+        kept: match blocks.kept {
+            Kept::Ring { .. } => Slices::Ring { keys: slices[2], values: slices[3] },
+            Kept::Frames { frames, .. } => Slices::Frames(frames),
+        },
+        landmarks: slices[1],
         first: blocks.first,
         len: blocks.len,
         lengths: blocks.lengths,

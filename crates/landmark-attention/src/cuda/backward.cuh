@@ -1,7 +1,7 @@
 // Backward: weights are computed again from the row's log-sum-exp. One kernel for dq (a block of threads for a tile of queries), one for
 // dk and dv (a block for a unit of keys, which takes the queries in order, head by head of its group): no atomics.
 //
-// With weights w, W = 2^(s_landmark - lse) the share of block c and G = sum over c of w_j dP_j:
+// With weights w, W = 2^(s_landmark - lse) the share of block c and G = sum over c of w_j dP_j (dP_j is 0 where dropout dropped w_j):
 //   a token of an earlier block: ds_j = w_j (dP_j - G / W);   its landmark: ds = G - W delta;   own block: ds_j = w_j (dP_j - delta).
 #pragma once
 #include "forward.cuh"
@@ -131,6 +131,7 @@ __global__ void __launch_bounds__(QueryGradientShape<T, COLUMNS>::THREADS) query
     load_steps<THREADS>(sdo, dout, first, p.q_len, d);
     float dq[STATS ? 1 : COLUMNS / 8][4] = {}, shift[2] = {0, 0}, long_d[2] = {0, 0};
     LongBlock whole;
+    const Draw draw(p, b, h);
     Walk walk(p, b, history + min(first + Shape::ROWS, p.q_len) - 1);
     for (; !walk.done(); walk.next()) {
         const Unit unit = walk.get();
@@ -157,6 +158,7 @@ __global__ void __launch_bounds__(QueryGradientShape<T, COLUMNS>::THREADS) query
             load_unit<THREADS>(sk, k, walk.get(), d);
             __syncthreads();
         }
+        if (draw.drops()) draw.apply(dp, unit, position);
         weights.x.mask(unit, position, scale);
         if (gathering) {
             if (walk.unit == unit.part_first) whole = LongBlock();
@@ -250,6 +252,7 @@ template <typename T, int COLUMNS, Pass PASS> __global__ void __launch_bounds__(
     for (int h = kv_head * group; h < (kv_head + 1) * group; h++) {
         const Head<T> q(p.q, p.q_strides, b, h, d), dout(p.dout, p.dout_strides, b, h, d);
         const int64_t head = int64_t(b) * p.heads + h;
+        const Draw draw(p, b, h);
         for (int tile = first_tile; tile < tiles; tile++) {
             __syncthreads();
             load_steps<THREADS>(sq, q, tile * ROWS, p.q_len, d);
@@ -285,9 +288,16 @@ template <typename T, int COLUMNS, Pass PASS> __global__ void __launch_bounds__(
                 }
                 weights.x.mask(unit, position, scale);
                 weights.normalise(unit, position, lse, shift);
-                if (PASS != DK) store_square(sp, 16 * warp, weights.x.s);
+                if (PASS != DK && draw.drops()) {
+                    Scores kept = weights.x;
+                    draw.apply(kept.s, unit, position);
+                    store_square(sp, 16 * warp, kept.s);
+                } else if (PASS != DK) {
+                    store_square(sp, 16 * warp, weights.x.s);
+                }
                 if (PASS != DV) {
                     product_abt(dp, sdo, 16 * warp, sv, COLUMNS);
+                    if (draw.drops()) draw.apply(dp, unit, position);
                     weights.gradient(dp, unit, position, lse, delta, long_d);
                     store_square(sds, 16 * warp, dp);
                 }

@@ -1,5 +1,6 @@
 // Forward: one block of threads for a tile of queries, 16 queries a warp, over the units of keys in order (flash attention).
 #pragma once
+#include "dropout.cuh"
 #include "load.cuh"
 #include "segments.cuh"
 
@@ -120,6 +121,7 @@ template <typename T, int COLUMNS> __global__ void __launch_bounds__(ForwardShap
 
     float out[COLUMNS / 8][4] = {}, m[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY}, sum[2] = {0, 0}, shift[2] = {0, 0};
     LongBlock whole;
+    const Draw draw(p, b, h);
     while (!walk.done()) {
         const Unit unit = walk.get();
         const bool gathering = walk.gathering;
@@ -151,6 +153,7 @@ template <typename T, int COLUMNS> __global__ void __launch_bounds__(ForwardShap
             }
         } else {
             absorb(x, unit, position, shift, m, sum, fade);
+            if (draw.drops()) draw.apply(x.s, unit, position);
         }
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++)

@@ -33,6 +33,7 @@ static bool is_regular(const Params &p) { return p.block >= 49 && p.block <= 64;
 // Blocks of at most 64 (regular ones that fill seven or eight groups, or listed ones), heads of 64 or 128, 16-bit elements.
 bool hopper_takes(const Params &p, bool backward, Maps &maps) {
     if (p.dtype == F32 || (p.head_dim != 64 && p.head_dim != 128) || !(p.scale > 0) || p.q_len < 16) return false;
+    if (p.dropout.weights | p.dropout.groups) return false;
     if (!is_regular(p) && !p.blocks) return false;
     const int rows = is_regular(p) ? (p.block + 7) / 8 * 8 : 64;
     return make_map(maps.q, p.q, p.q_strides, p, p.q_len, p.heads, 64) && make_map(maps.k, p.k, p.k_strides, p, p.kv_len, p.kv_heads, rows) &&

@@ -2,8 +2,9 @@
 //!
 //! - `units`: how keys are cut into units of 64 slots;
 //! - `params`: what crosses to the kernels; `params.h` is its other side;
-//! - `forward.cuh`, `backward.cuh`: kernels for everything, on any GPU from compute capability 8.0; `segments.cuh` is their softmax;
-//! - `hopper_forward.cuh`, `hopper_backward.cuh`: kernels for regular blocks of 49 to 64 on Hopper;
+//! - `forward.cuh`, `backward.cuh`: kernels for everything, on any GPU from compute capability 8.0; `segments.cuh` is their softmax,
+//!   `dropout.cuh` their dropout;
+//! - `hopper_forward.cuh`, `hopper_backward.cuh`: kernels for blocks of up to 64 on Hopper;
 //! - `retrieval.cu` with `retrieval_*.cuh`, `retrieval`: scores of cached landmarks, choice of blocks, attention to them;
 //! - `rope.cu`, `rope`: rotary position embedding;
 //! - `outside`: keys outside the window;
@@ -28,7 +29,7 @@ use std::ffi::CStr;
 
 use crate::call::Call;
 use crate::outside::{Joined, join};
-use crate::{Error, Result, Softmax};
+use crate::{Dropout, Error, Result, Softmax};
 use params::{ElementType, LONG_BLOCKS_AT_ONCE, Params, ROWS, Splits, Strides};
 use units::{BlockList, Units, regular_block};
 
@@ -81,10 +82,6 @@ fn check_call(call: &Call, q: &Tensor, k: &Tensor) -> Result<()> {
     if call.head_dim > MAX_HEAD_DIM {
         let expected = format!("a head_dim of at most {MAX_HEAD_DIM} on a GPU");
         return Err(Error::Shape { op: OP, tensor: "q", got: q.dims().to_vec(), expected });
-    }
-    if let Some(dropout) = call.dropout.filter(|d| d.weights > 0. || d.groups > 0.) {
-        let expected = "none: only the CPU's kernels drop weights";
-        return Err(Error::Param { op: OP, name: "dropout", got: format!("{dropout:?}"), expected });
     }
     let too_long = |x: &Tensor| x.dims()[2] > i32::MAX as usize / 2;
     if too_long(k) {
@@ -221,6 +218,14 @@ fn strides(layout: &Layout) -> Strides {
     Strides { batch: strides[0] as i64, head: strides[1] as i64, step: strides[2] as i64 }
 }
 
+fn dropout(dropout: Option<Dropout>) -> params::Dropout {
+    let Dropout { weights, groups, seed } = dropout.unwrap_or(Dropout { weights: 0., groups: 0., seed: 0 });
+    let [(weights, weights_kept), (groups, groups_kept)] = [weights, groups].map(Dropout::threshold);
+    let (seed_low, seed_high) = (seed as u32, (seed >> 32) as u32);
+    let (weights_kept, groups_kept) = (weights_kept as f32, groups_kept as f32);
+    params::Dropout { seed_low, seed_high, weights, groups, weights_kept, groups_kept }
+}
+
 fn check(op: &str, code: i32) -> candle_core::Result<()> {
     if code == 0 {
         return Ok(());
@@ -267,6 +272,7 @@ impl Fused {
             dtype: T::TYPE,
             scale: scale as f32,
             reserved: 0,
+            dropout: dropout(self.call.dropout),
         }
     }
 

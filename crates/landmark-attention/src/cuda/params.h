@@ -47,6 +47,12 @@ struct Strides {
     int64_t batch, head, step;  // in elements; channels are contiguous
 };
 
+// Weights fall where a hash is below a threshold, 0 for none; what is kept is multiplied by 1 / (1 - p).
+struct Dropout {
+    uint32_t seed_low, seed_high, weights, groups;
+    float weights_kept, groups_kept;
+};
+
 struct Params {
     const void *q, *k, *v, *dout;
     void *out;         // [batch, heads, q_len, head_dim]; so are dq, and dk and dv with kv_heads and kv_len
@@ -69,6 +75,7 @@ struct Params {
     int32_t dtype;
     float scale;
     int32_t reserved;
+    Dropout dropout;
 };
 
 // A forward pass with few queries: the units of each row in `count` runs, for a block of threads each, so that there are enough of those.
@@ -124,5 +131,5 @@ constexpr int LONG_BLOCKS_AT_ONCE = 16;
 // Beside CUDA's own errors.
 constexpr int TOO_LITTLE_SHARED_MEMORY = 1 << 20;
 
-static_assert(sizeof(Group) == 8 && sizeof(Unit) == 88 && sizeof(Strides) == 24 && sizeof(Block) == 8 && sizeof(Params) == 272);
+static_assert(sizeof(Group) == 8 && sizeof(Unit) == 88 && sizeof(Strides) == 24 && sizeof(Block) == 8 && sizeof(Params) == 296);
 static_assert(sizeof(Splits) == 32 && sizeof(RopeParams) == 80 && sizeof(RetrievalParams) == 128 && sizeof(JoinParams) == 64);

@@ -73,6 +73,18 @@ pub enum ElementType {
     BF16 = 2,
 }
 
+/// Thresholds of hashes, and what is kept is multiplied by.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Dropout {
+    pub seed_low: u32,
+    pub seed_high: u32,
+    pub weights: u32,
+    pub groups: u32,
+    pub weights_kept: f32,
+    pub groups_kept: f32,
+}
+
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct Params {
@@ -109,6 +121,7 @@ pub struct Params {
     pub dtype: ElementType,
     pub scale: f32,
     pub reserved: i32,
+    pub dropout: Dropout,
 }
 
 #[repr(C)]
@@ -189,7 +202,7 @@ pub struct JoinParams {
 }
 
 const _: () = assert!(size_of::<Group>() == 8 && size_of::<Unit>() == 88 && size_of::<Strides>() == 24);
-const _: () = assert!(size_of::<Block>() == 8 && size_of::<Params>() == 272);
+const _: () = assert!(size_of::<Block>() == 8 && size_of::<Params>() == 296);
 const _: () = assert!(size_of::<RopeParams>() == 80 && size_of::<RetrievalParams>() == 128);
 const _: () = assert!(size_of::<JoinParams>() == 64 && size_of::<Splits>() == 32);
 

@@ -10,14 +10,14 @@ use half::{bf16, f16};
 
 use super::params::{self, BlockSelection, ElementType, JoinParams, RetrievalParams};
 use super::{Element, MAX_HEAD_DIM};
-use crate::retrieval::{Blocks, RetrievalShape, Retrieved, Selection, SlotQueries};
+use crate::retrieval::{Blocks, Kept, RetrievalShape, Retrieved, Selection, SlotQueries};
 use crate::{Error, Result};
 
 /// The most blocks that a query may read: they are listed in shared memory.
 const MAX_K: usize = 8192;
 
 /// What the kernels do not take.
-pub(crate) fn check(op: &'static str, queries: &Tensor, keys: &Tensor) -> Result<()> {
+pub(crate) fn check(op: &'static str, queries: &Tensor, landmarks: &Tensor, block: usize) -> Result<()> {
     let shape = |tensor, x: &Tensor, expected| Error::Shape { op, tensor, got: x.dims().to_vec(), expected };
     if queries.dims()[4] > MAX_HEAD_DIM {
         return Err(shape("queries", queries, format!("a head_dim of at most {MAX_HEAD_DIM} on a GPU")));
@@ -25,8 +25,8 @@ pub(crate) fn check(op: &'static str, queries: &Tensor, keys: &Tensor) -> Result
     if queries.dims()[1..4].iter().product::<usize>() > i32::MAX as usize / MAX_HEAD_DIM {
         return Err(shape("queries", queries, "at most 2^23 of them a slot on a GPU".into()));
     }
-    if keys.dims()[2].max(keys.dims()[3]) > i32::MAX as usize / 4 {
-        return Err(shape("keys", keys, "at most 2^29 blocks, of as many tokens, on a GPU".into()));
+    if landmarks.dims()[2].max(block) > i32::MAX as usize / 4 {
+        return Err(shape("landmarks", landmarks, "at most 2^29 blocks, of as many tokens, on a GPU".into()));
     }
     Ok(())
 }
@@ -68,10 +68,11 @@ fn retrieval_params(
     k: usize,
 ) -> candle_core::Result<RetrievalParams> {
     let &RetrievalShape { batch, heads, kv_heads, time, head_dim, block, capacity, .. } = shape;
+    let Kept::Ring { keys, values } = blocks.kept else { bail!("retrieval: expected a ring of blocks on a GPU") };
     Ok(RetrievalParams {
         queries: address(queries.queries)?,
-        keys: address(blocks.keys)?,
-        values: address(blocks.values)?,
+        keys: address(keys)?,
+        values: address(values)?,
         landmarks: address(blocks.landmarks)?,
         lengths: 0,
         chosen: 0,

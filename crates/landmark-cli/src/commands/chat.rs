@@ -52,14 +52,14 @@ pub struct Args {
 /// Talks.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let mut sampler = Sampler::new(&args.sampling)?;
-    let path = reader::checkpoint(&args.model.checkpoint)?;
-    let pretrained = reader::pretrained(&path, args.model.tokenizer.as_deref())?;
+    let (path, adapter) = (reader::checkpoint(&args.model.checkpoint)?, args.model.adapter.as_deref());
+    let pretrained = reader::pretrained(&path, adapter, args.model.tokenizer.as_deref())?;
     let template = template(&args, &pretrained)?;
     let file = match &args.file {
         Some(path) => Some(TextPieces::open(path)?.rest().with_context(|| format!("--file {}", path.display()))?),
         None => None,
     };
-    let model = reader::load(&path, args.model.device)?;
+    let model = reader::load(&path, adapter, args.model.device)?;
     let reader = Reader::of_pretrained(model, &pretrained, &args.cache)?;
     let mut conversation = Conversation { reader, pretrained, template, messages: Vec::new(), read: String::new() };
     if let Some(text) = args.system {

@@ -97,8 +97,8 @@ fn demonstrate(args: &Args, out: &mut impl Write) -> anyhow::Result<()> {
         Some(folder) => reader::checkpoint(folder)?,
         None => shipped(MODEL).with_context(|| missing(MODEL, "a model with --checkpoint DIR"))?,
     };
-    let model = reader::load(&folder, args.device)?;
-    let tokenizer = reader::tokenizer(&folder, None)?;
+    let model = reader::load(&folder, None, args.device)?;
+    let tokenizer = reader::tokenizer(&folder, None, None)?;
     let mut reader = Reader::new(model.detached(), tokenizer.clone(), &args.cache)?;
     let Some(top_k) = reader.top_k().filter(|&k| k > 0) else {
         bail!("the demonstration is about retrieval: it needs a model with landmarks, and --cache_topk of at least 1");

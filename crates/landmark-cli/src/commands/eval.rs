@@ -49,10 +49,11 @@ pub struct Model {
 impl Model {
     fn open(named: &Path, args: &Args) -> anyhow::Result<Self> {
         let folder = reader::checkpoint(named)?;
-        let weights = reader::load(&folder, args.device)?;
+        let adapter = args.adapter.as_deref();
+        let weights = reader::load(&folder, adapter, args.device)?;
         // Prepared tokens can do without one.
         let tokenizer = match args.tokenizer.is_some() || folder.is_file() || folder.join(TOKENIZER_FILE).exists() {
-            true => Some(reader::tokenizer(&folder, args.tokenizer.as_deref())?),
+            true => Some(reader::tokenizer(&folder, adapter, args.tokenizer.as_deref())?),
             false => None,
         };
         Ok(Self { folder, weights, tokenizer })
@@ -82,7 +83,7 @@ fn one(checkpoint: &Path, args: &Args) -> anyhow::Result<ExitCode> {
     let text = match (&args.text.file, args.text.dataset.as_slice()) {
         (Some(file), _) => {
             // Reports what is wrong with the tokenizer.
-            let tokenizer = reader::tokenizer(&model.folder, args.tokenizer.as_deref())?;
+            let tokenizer = reader::tokenizer(&model.folder, args.adapter.as_deref(), args.tokenizer.as_deref())?;
             Text::plain(file, tokenizer)?
         }
         (None, [dataset]) => Text::prepared(&args.text, dataset)?,

@@ -169,7 +169,7 @@ fn settings(
         precision: if flags.bf16 && !device.is_cpu() { Precision::BFloat16 } else { Precision::Float32 },
         whole_blocks: true,
         exercises: flags.exercises.options(),
-        negatives: None,
+        negatives: flags.negatives.options(),
         batch_size: flags.per_device_train_batch_size,
         eval_batch_size: Some(flags.per_device_eval_batch_size),
         acc_steps: flags.gradient_accumulation_steps,

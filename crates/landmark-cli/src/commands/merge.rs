@@ -1,11 +1,10 @@
 //! `landmark merge`: a model and its adapter become one model.
 
-use crate::reader::Dtype;
+use crate::reader::{self, Dtype};
 use anyhow::{Context, bail};
 use candle_core::{DType, Device};
 use landmark_models::hub;
-use landmark_models::llama::{Gguf, Llama, LlamaConfig};
-use landmark_train::Tuning;
+use landmark_models::llama::{Gguf, Llama};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -45,18 +44,12 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     if same(&base) || same(&adapter) {
         bail!("--out {}: it would replace what it is made of", out.display());
     }
-    let config = LlamaConfig::load(&adapter).with_context(|| format!("--adapter {}", adapter.display()))?;
-    let Some(landmarks) = config.landmarks else {
-        bail!("--adapter {}: its config.json says nothing of landmarks", adapter.display());
-    };
-    let known = Tuning::tokenizer(&base).context("--model_name_or_path")?.tokenizer.vocab_size();
+    let tokenizer = reader::pretrained(&base, Some(&adapter), None)?;
     let model = match base.is_file() {
         true => Gguf::open(&base)?.load(&Device::Cpu)?,
         false => Llama::load_frozen(&base, DType::F32, &Device::Cpu)?,
     };
-    let merged = model.with_landmarks(landmarks, known.min(landmarks.mem_id as usize)).context("--adapter")?;
-    let merged = merged.with_adapter(&adapter).with_context(|| format!("--adapter {}", adapter.display()))?.freeze()?;
-    let tokenizer = Tuning::tokenizer(&adapter).with_context(|| format!("--adapter {}", adapter.display()))?;
+    let merged = reader::adapted(model, &base, &adapter)?.freeze()?;
     let dtype = match dtype {
         Dtype::Float32 => DType::F32,
         Dtype::BFloat16 => DType::BF16,

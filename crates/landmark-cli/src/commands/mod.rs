@@ -12,6 +12,7 @@ pub mod merge;
 pub mod passkey;
 pub mod plot;
 pub mod prepare;
+pub mod session;
 pub mod train;
 pub mod weight_diff;
 
@@ -43,6 +44,8 @@ pub enum Command {
     Generate(Box<generate::Args>),
     /// Talk with a model, about a text of any length
     Chat(Box<chat::Args>),
+    /// Keep a text that was read on disk, to be read on and asked at any time
+    Session(session::Args),
     /// Test whether the model finds a number that was told once, somewhere in a long text
     Passkey(Box<passkey::Args>),
     /// Write a fine-tuned LLaMA as its difference from what it was made of, and back
@@ -67,6 +70,7 @@ impl Command {
             Self::Merge(args) => merge::run(args),
             Self::Generate(args) => generate::run(*args),
             Self::Chat(args) => chat::run(*args),
+            Self::Session(args) => session::run(args),
             Self::Passkey(args) => passkey::run(*args),
             Self::WeightDiff(args) => weight_diff::run(args),
             Self::Completions(args) => completions::run(args),

@@ -106,9 +106,9 @@ const VERSION: u32 = 1;
 /// Tests.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     check(&args)?;
-    let folder = reader::checkpoint(&args.model.checkpoint)?;
-    let model = reader::load(&folder, args.model.device)?;
-    let tokenizer = reader::tokenizer(&folder, args.model.tokenizer.as_deref())?;
+    let (folder, adapter) = (reader::checkpoint(&args.model.checkpoint)?, args.model.adapter.as_deref());
+    let model = reader::load(&folder, adapter, args.model.device)?;
+    let tokenizer = reader::tokenizer(&folder, adapter, args.model.tokenizer.as_deref())?;
     reader::check_vocabulary(model.outline().vocab_size, &tokenizer)?;
     let ways = ways(&args, &model)?;
     let filler = match &args.filler {
@@ -128,7 +128,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let device = if model.device().is_cpu() { "cpu" } else { "cuda" };
     let dtype = model.activations().as_str();
     let (model_hash, filler_hash) =
-        (kept::hash_of_model(&folder)?, kept::hash_of_tokens([Ok(filler.tokens().to_vec())])?);
+        (kept::hash_of_model(&folder, adapter)?, kept::hash_of_tokens([Ok(filler.tokens().to_vec())])?);
     let kept = Folder::new(args.out.as_deref().unwrap_or("exps/passkey".as_ref()));
     let mut results = Results::new(&folder, device, dtype, args.filler.as_deref(), args.keys, args.seed);
     print!("{}", Results::header());

@@ -13,9 +13,7 @@ use candle_core::Device;
 use clap::Parser;
 use flags::{Dtype, Flags, Model, Opt, OptimizationProcess, Scheduler, text};
 use landmark_data::{TOKENIZER_FILE, Tokenizer};
-use landmark_models::gpt::{
-    Gpt, GptConfig, MlpKind, NegativeRows, Norm, Placement, PositionalEncoder, SoftmaxFunc, Variant,
-};
+use landmark_models::gpt::{Gpt, GptConfig, MlpKind, Norm, Placement, PositionalEncoder, SoftmaxFunc, Variant};
 use landmark_train::{
     Anneal, Corpus, Data, Limits, Method, Outcome, Precision, Process, Resume, Sample, Settings, Vocabulary, Wandb,
 };
@@ -269,11 +267,7 @@ fn settings(flags: &Flags, vocabulary: &Vocabulary, device: &Device) -> anyhow::
         optimization_process,
         whole_blocks: flags.whole_blocks,
         exercises: flags.exercises.options(),
-        negatives: (flags.negative_rows > 0).then_some(NegativeRows {
-            negative_rows: flags.negative_rows,
-            negative_share: flags.negative_share,
-            negative_top_k: flags.negative_top_k,
-        }),
+        negatives: flags.negatives.options(),
         batch_size: flags.batch_size,
         eval_batch_size: None,
         acc_steps: flags.acc_steps,

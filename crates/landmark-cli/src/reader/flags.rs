@@ -47,6 +47,9 @@ pub struct ModelFlags {
     /// the name of a model in the Hugging Face cache
     #[arg(long, value_name = "MODEL", visible_alias = "model_name_or_path")]
     pub checkpoint: PathBuf,
+    /// The folder of an adapter that was trained beside that model (`landmark finetune --lora_r`)
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
     /// gpt2, bytes, or the path of a tokenizer.json, for a model without a tokenizer.json
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<String>,

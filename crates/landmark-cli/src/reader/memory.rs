@@ -26,7 +26,7 @@ struct Part {
 
 enum Kind {
     /// Blocks, of which each token fetches a few.
-    Landmarks(LandmarkCache),
+    Landmarks(Box<LandmarkCache>),
     /// Transformer-XL's cache of the last tokens.
     Keys(XlCache),
     /// The last tokens themselves; the placer is at the first of them.
@@ -54,15 +54,10 @@ impl Memory {
         let mut part = || {
             let kind = match kind {
                 LmCache::Mem => {
-                    let cache = landmarks(flags, model, mem_freq.unwrap_or(1), texts)?;
-                    // Whole blocks: then no position is beyond those that the model was trained on.
-                    let blocks = cache.max_chunk() / (cache.mem_freq() + 1);
-                    let usual = match outline.placement {
-                        Placement::Regular if blocks > 0 => blocks * cache.mem_freq(),
-                        _ => cache.max_chunk(),
-                    };
-                    chunk = flags.chunk(usual, cache.max_chunk())?;
-                    Kind::Landmarks(cache)
+                    let config = cache_config(flags, &outline, texts)?;
+                    let cache = LandmarkCache::new(config, outline.rope.clone(), model.activations(), model.device())?;
+                    chunk = chunk_of(flags, &cache, outline.placement)?;
+                    Kind::Landmarks(Box::new(cache))
                 }
                 LmCache::Kv => {
                     let kept = flags.mem_cache_size.unwrap_or(window / 2);
@@ -87,10 +82,26 @@ impl Memory {
         Ok((Self { parts, on_cpu: model.device().is_cpu() }, chunk))
     }
 
+    /// The memory of one text that was read before, and whose blocks are in `cache`.
+    pub fn of_text(
+        flags: &CacheFlags,
+        model: &Model,
+        tokenizer: &Tokenizer,
+        text: &[u32],
+        cache: LandmarkCache,
+    ) -> anyhow::Result<(Self, usize)> {
+        let outline = model.outline();
+        let mut placer = placer(outline.placement, Some(tokenizer), Some(cache.mem_freq()))?;
+        follows(&mut placer, text);
+        let chunk = chunk_of(flags, &cache, outline.placement)?;
+        let part = Part { texts: 1, kind: Kind::Landmarks(Box::new(cache)), placer };
+        Ok((Self { parts: vec![part], on_cpu: model.device().is_cpu() }, chunk))
+    }
+
     /// The landmark caches, if there are any: one, or one for each text.
     pub fn caches(&self) -> impl Iterator<Item = &LandmarkCache> {
         self.parts.iter().filter_map(|part| match &part.kind {
-            Kind::Landmarks(cache) => Some(cache),
+            Kind::Landmarks(cache) => Some(&**cache),
             _ => None,
         })
     }
@@ -98,7 +109,7 @@ impl Memory {
     /// The same, to be changed.
     pub fn caches_mut(&mut self) -> impl Iterator<Item = &mut LandmarkCache> {
         self.parts.iter_mut().filter_map(|part| match &mut part.kind {
-            Kind::Landmarks(cache) => Some(cache),
+            Kind::Landmarks(cache) => Some(&mut **cache),
             _ => None,
         })
     }
@@ -234,11 +245,12 @@ fn block_tokens(flags: &CacheFlags, outline: &Outline) -> anyhow::Result<usize> 
     Ok(mem_freq)
 }
 
-fn landmarks(flags: &CacheFlags, model: &Model, mem_freq: usize, texts: usize) -> anyhow::Result<LandmarkCache> {
-    let outline = model.outline();
+/// The landmark cache that the flags ask for.
+pub fn cache_config(flags: &CacheFlags, outline: &Outline, texts: usize) -> anyhow::Result<CacheConfig> {
+    let mem_freq = block_tokens(flags, outline)?;
     let top_k = flags.top_k(outline.window, mem_freq + 1);
     let cutoff = flags.rem_cutoff.or(outline.rem_cutoff);
-    let cache = CacheConfig {
+    Ok(CacheConfig {
         layers: outline.layers,
         batch: texts,
         kv_heads: outline.kv_heads,
@@ -249,8 +261,17 @@ fn landmarks(flags: &CacheFlags, model: &Model, mem_freq: usize, texts: usize) -
         max_blocks: flags.mem_cache_size,
         window: outline.window,
         context_miss: outline.has_miss_token.then_some(ContextMiss { cutoff }),
+    })
+}
+
+/// The tokens of a chunk. Left out, whole blocks: then no position is beyond those that the model was trained on.
+fn chunk_of(flags: &CacheFlags, cache: &LandmarkCache, placement: Placement) -> anyhow::Result<usize> {
+    let blocks = cache.max_chunk() / (cache.mem_freq() + 1);
+    let usual = match placement {
+        Placement::Regular if blocks > 0 => blocks * cache.mem_freq(),
+        _ => cache.max_chunk(),
     };
-    Ok(LandmarkCache::new(cache, outline.rope, model.activations(), model.device())?)
+    flags.chunk(usual, cache.max_chunk())
 }
 
 /// The most ordinary tokens of `positions`, wherever in their block they begin. Borders may be anywhere: a text of nothing but ends of

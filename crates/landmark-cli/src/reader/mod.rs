@@ -2,6 +2,7 @@
 
 mod flags;
 mod memory;
+mod session;
 mod setting;
 
 use crate::machine;
@@ -12,10 +13,12 @@ pub use flags::{CacheFlags, DeviceFlags, Dtype, LmCache, ModelFlags, SelectionMe
 use landmark_data::{Pretrained, TOKENIZER_FILE, Tokenizer};
 use landmark_memory::{BlockRead, LandmarkCache};
 use landmark_models::gpt::Gpt;
-use landmark_models::llama::{Gguf, Llama};
+use landmark_models::llama::{Gguf, LandmarkConfig, Llama, LlamaConfig};
 use landmark_models::{IGNORE, Model, hub};
+use landmark_train::Tuning;
 use landmark_train::checkpoint::EXPERIMENT;
 pub use memory::{Memory, fitting};
+pub use session::{About, open_session};
 pub use setting::{Reading, Setting};
 use std::path::{Path, PathBuf};
 
@@ -37,9 +40,9 @@ pub struct Reader {
 impl Reader {
     /// Opens the model that the flags name.
     pub fn open(model: &ModelFlags, cache: &CacheFlags) -> anyhow::Result<Self> {
-        let folder = checkpoint(&model.checkpoint)?;
-        let pretrained = pretrained(&folder, model.tokenizer.as_deref())?;
-        Self::of_pretrained(load(&folder, model.device)?, &pretrained, cache)
+        let (folder, adapter) = (checkpoint(&model.checkpoint)?, model.adapter.as_deref());
+        let pretrained = pretrained(&folder, adapter, model.tokenizer.as_deref())?;
+        Self::of_pretrained(load(&folder, adapter, model.device)?, &pretrained, cache)
     }
 
     /// Reads with a model at hand, by the conventions of its tokenizer.
@@ -214,8 +217,8 @@ pub fn drawable(model: &Model, tokenizer: &Tokenizer) -> impl Fn(u32) -> bool + 
     move |id| (id as usize) < known && !landmarks.contains(&Some(id))
 }
 
-/// The model in a folder or a file, for reading.
-pub fn load(path: &Path, flags: DeviceFlags) -> anyhow::Result<Model> {
+/// The model in a folder or a file, for reading, with the adapter in a folder.
+pub fn load(path: &Path, adapter: Option<&Path>, flags: DeviceFlags) -> anyhow::Result<Model> {
     machine::compute_on_this_thread();
     let device = flags.device.open()?;
     let activations = match flags.dtype {
@@ -233,8 +236,27 @@ pub fn load(path: &Path, flags: DeviceFlags) -> anyhow::Result<Model> {
         _ => Gpt::load(path, &device).map(|gpt| Model::Gpt(gpt.detached())),
     };
     let model = model.with_context(|| format!("--checkpoint {}", path.display()))?;
+    let model = match (model, adapter) {
+        (model, None) => model,
+        (Model::Llama(llama), Some(adapter)) => Model::Llama(adapted(llama, path, adapter)?.for_reading()?),
+        (Model::Gpt(_), Some(_)) => bail!("--adapter: {} is no LLaMA", path.display()),
+    };
     let activations = activations.unwrap_or(model.activations());
     Ok(model.with_activations(activations)?)
+}
+
+/// The model in `path` with the landmark and the adapter in a folder.
+pub fn adapted(model: Llama, path: &Path, adapter: &Path) -> anyhow::Result<Llama> {
+    let flag = || format!("--adapter {}", adapter.display());
+    let known = Tuning::tokenizer(path).context("the model's tokenizer")?.tokenizer.vocab_size();
+    let landmarks = landmarks(adapter).with_context(flag)?;
+    let model = model.with_landmarks(landmarks, known.min(landmarks.mem_id as usize)).with_context(flag)?;
+    model.with_adapter(adapter).with_context(flag)
+}
+
+/// The landmark of an adapter.
+fn landmarks(adapter: &Path) -> anyhow::Result<LandmarkConfig> {
+    LlamaConfig::load(adapter)?.landmarks.context("its config.json says nothing of landmarks")
 }
 
 /// Whether a folder has a model of the LLaMA family, or one that claims to be of Hugging Face's.
@@ -265,13 +287,25 @@ pub fn model_path(flag: &str, named: &Path) -> anyhow::Result<PathBuf> {
     })
 }
 
-/// The tokenizer of the model in a folder or a file, or the given one.
-pub fn tokenizer(path: &Path, given: Option<&str>) -> anyhow::Result<Tokenizer> {
-    Ok(pretrained(path, given)?.tokenizer)
+/// The tokenizer of the model in a folder or a file with an adapter, or the given one.
+pub fn tokenizer(path: &Path, adapter: Option<&Path>, given: Option<&str>) -> anyhow::Result<Tokenizer> {
+    Ok(pretrained(path, adapter, given)?.tokenizer)
 }
 
 /// The same with the conventions that it comes with.
-pub fn pretrained(path: &Path, given: Option<&str>) -> anyhow::Result<Pretrained> {
+pub fn pretrained(path: &Path, adapter: Option<&Path>, given: Option<&str>) -> anyhow::Result<Pretrained> {
+    let pretrained = pretrained_alone(path, given)?;
+    let Some(adapter) = adapter else { return Ok(pretrained) };
+    let flag = || format!("--adapter {}", adapter.display());
+    let (pretrained, id) = pretrained.with_landmark()?;
+    let expected = landmarks(adapter).with_context(flag)?.mem_id;
+    if id != expected {
+        bail!("{}: its landmark is token {expected}, and in the model's tokenizer that would be {id}", flag());
+    }
+    Ok(pretrained)
+}
+
+fn pretrained_alone(path: &Path, given: Option<&str>) -> anyhow::Result<Pretrained> {
     if let Some(name) = given {
         let tokenizer = Tokenizer::named(name).context("--tokenizer")?;
         return Ok(Pretrained::from_settings(tokenizer, serde_json::Map::new()));

@@ -97,12 +97,12 @@ impl Fact {
     pub(super) fn several(n: usize, words: &Words, draw: &mut Draw) -> Vec<Self> {
         // Facts of one kind: what the name does not share with the others is all that tells them apart.
         let (possession, noun) = (draw.of(&POSSESSIONS), if draw.chance(0.5) { "key" } else { draw.of(&NOUNS) });
-        let kind = if n == 1 || draw.chance(0.4) { 2 } else { draw.below(2) };
+        let kind = if n == 1 { 1. } else { draw.fraction() };
         let mut facts: Vec<Self> = Vec::with_capacity(n);
         while facts.len() < n {
             let name = match kind {
-                0 => Name::Possession(draw.of(&PERSONS), possession),
-                1 => Name::Thing(format!("{} {noun}", words.draw(draw))),
+                ..0.25 => Name::Possession(draw.of(&PERSONS), possession),
+                ..0.8 => Name::Thing(format!("{} {noun}", words.draw(draw))),
                 _ => Self::name(words, draw),
             };
             if facts.iter().all(|fact| fact.name != name) {

@@ -64,7 +64,11 @@ impl Plan {
     fn draw(exercises: &Exercises, draw: &mut Draw, rich: bool) -> Result<Self> {
         let options = &exercises.options;
         let several = rich && draw.chance(options.several_facts);
-        let facts = Fact::several(if several { 2 + draw.below(MOST - 1) } else { 1 }, &exercises.words, draw);
+        let facts = Fact::several(
+            if several { 2 + draw.below(MOST - 1).max(draw.below(MOST - 1)) } else { 1 },
+            &exercises.words,
+            draw,
+        );
         let statements = facts.iter().map(|fact| statement(exercises, draw, fact)).collect::<Result<_>>()?;
         let asked_again = rich && draw.chance(options.asked_again);
         let asked = match (asked_again, facts.len()) {

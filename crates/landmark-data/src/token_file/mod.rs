@@ -185,7 +185,7 @@ impl TokenFile {
     pub fn check_tokenizer(&self, tokenizer: &crate::Tokenizer) -> Result<()> {
         let expected = tokenizer.fingerprint();
         match &self.header {
-            Some(header) if header.tokenizer != expected && header.tokenizer != Fingerprint::UNKNOWN => {
+            Some(header) if !tokenizer.encodes_as(header.tokenizer) && header.tokenizer != Fingerprint::UNKNOWN => {
                 Err(Error::OtherTokenizer { path: self.path.clone(), got: header.tokenizer, expected })
             }
             _ => Ok(()),

@@ -49,6 +49,23 @@ impl Fingerprint {
     pub const UNKNOWN: Self = Self([0; 32]);
 }
 
+impl Fingerprint {
+    /// All its hex digits.
+    pub(crate) fn hex(&self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// What [`Fingerprint::hex`] wrote.
+    pub(crate) fn from_hex(hex: &str) -> Option<Self> {
+        let byte = |i: usize| u8::from_str_radix(hex.get(2 * i..2 * i + 2)?, 16).ok();
+        let mut bytes = [0; 32];
+        for (i, to) in bytes.iter_mut().enumerate() {
+            *to = byte(i)?;
+        }
+        (hex.len() == 64).then_some(Self(bytes))
+    }
+}
+
 impl fmt::Display for Fingerprint {
     /// The first 16 hex digits: enough to tell two files apart in a message.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -69,6 +86,8 @@ pub struct Tokenizer {
     /// The exact bytes that [`Tokenizer::save`] writes and that the fingerprint is of.
     json: Arc<[u8]>,
     fingerprint: Fingerprint,
+    /// Of the one that it was before it got a special token more.
+    before: Option<Fingerprint>,
 }
 
 #[derive(Clone)]
@@ -140,7 +159,7 @@ impl Tokenizer {
 
     fn with_kind(kind: Kind, json: Vec<u8>) -> Self {
         let fingerprint = Fingerprint(Sha256::digest(&json).into());
-        Self { kind, json: json.into(), fingerprint }
+        Self { kind, json: json.into(), fingerprint, before: None }
     }
 
     /// The ids of `text`, taken as ordinary text; no special token is recognised or added.
@@ -264,7 +283,7 @@ impl Tokenizer {
         let new = Self::parse(path, json.to_string().into_bytes())?;
         // The library gives ids of its own to tokens whose ids do not follow on.
         match new.token_id(token) {
-            Some(got) if got == id && new.vocab_size_u32() == id + 1 => Ok((new, id)),
+            Some(got) if got == id && new.vocab_size_u32() == id + 1 => Ok((new.after(self.fingerprint), id)),
             got => Err(unusable(format!("{token} would be {got:?}, expected {id}: its ids have holes").into())),
         }
     }
@@ -282,6 +301,21 @@ impl Tokenizer {
     /// What tells this tokenizer from every other: the SHA-256 of its `tokenizer.json`.
     pub fn fingerprint(&self) -> Fingerprint {
         self.fingerprint
+    }
+
+    /// The same, known to be the one with this fingerprint but for a special token.
+    pub(crate) fn after(self, before: Fingerprint) -> Self {
+        Self { before: Some(before), ..self }
+    }
+
+    /// The fingerprint of the one that it was before it got a special token more, if that is known.
+    pub(crate) fn before(&self) -> Option<Fingerprint> {
+        self.before
+    }
+
+    /// Whether it makes the same tokens of a text as the one with this fingerprint: it is that one, or has a special token more.
+    pub fn encodes_as(&self, fingerprint: Fingerprint) -> bool {
+        self.fingerprint == fingerprint || self.before == Some(fingerprint)
     }
 
     /// Writes `tokenizer.json` into the folder `dir`, byte for byte as it was loaded.

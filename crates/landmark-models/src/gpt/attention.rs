@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use super::config::{GptConfig, PositionalEncoder, SoftmaxFunc, Variant};
-use super::negatives::{NegativeRows, Negatives};
+use super::negatives::{Distances, NegativeRows, Negatives};
 use crate::ops::{self, mix64};
 use crate::{Error, Result};
 
@@ -89,7 +89,8 @@ impl WindowAttention {
         };
         let negatives = match (negatives, seed) {
             (Some((options, exercises)), Some(seed)) => {
-                Negatives::new(&options, config, &is_landmark, time, exercises, seed)?
+                let of = Distances { rope, window: config.sequence_length, mem_freq: config.mem_freq };
+                Negatives::new(&options, &of, &is_landmark, time, exercises, seed)?
             }
             _ => None,
         };
@@ -97,19 +98,24 @@ impl WindowAttention {
     }
 
     /// For the windows `ids` of a model that has nothing but landmarks, or not even those: `rope` of their length, a landmark's id, the most
-    /// positions of a window.
+    /// positions of a window; in a training step, by its seed, what rows see of others, of which the first so many are exercises.
     pub(crate) fn with_rope(
         rope: impl FnOnce(usize) -> Rope,
         landmark: Option<u32>,
         longest: usize,
         ids: &Tensor,
+        negatives: Option<(NegativeRows, Distances, usize, u64)>,
     ) -> Result<Self> {
         let (batch, time) = window(ids, longest)?;
         let ids = ops::ids(OP, "ids", ids)?;
         let is_landmark: Vec<u8> = ids.iter().map(|&id| (Some(id) == landmark) as u8).collect();
         let rotation = rotation(&rope(time), (0..time as i64).collect());
         let params = LandmarkParams::new(landmarks(&is_landmark, batch, time)?);
-        Ok(Self { batch, time, rotation, params, seed: 0, miss: None, negatives: None })
+        let negatives = match negatives {
+            Some((options, of, exercises, seed)) => Negatives::new(&options, &of, &is_landmark, time, exercises, seed)?,
+            None => None,
+        };
+        Ok(Self { batch, time, rotation, params, seed: 0, miss: None, negatives })
     }
 
     /// The parameters for a layer: each draws its own dropout.

@@ -11,4 +11,5 @@ mod parameters;
 pub use attention::WindowAttention;
 pub use config::{GptConfig, MlpKind, Norm, Placement, PositionalEncoder, SoftmaxFunc, Variant};
 pub use model::Gpt;
+pub(crate) use negatives::Distances;
 pub use negatives::NegativeRows;

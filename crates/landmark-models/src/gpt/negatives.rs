@@ -18,7 +18,6 @@ use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 use super::attention::below;
-use super::config::GptConfig;
 use crate::ops::mix64;
 use crate::{Error, Result};
 
@@ -35,8 +34,9 @@ pub struct NegativeRows {
 }
 
 impl NegativeRows {
-    /// Refuses what cannot be, in batches of `batch_size` rows of which the first are `exercises`.
-    pub fn check(&self, config: &GptConfig, batch_size: usize, exercises: usize) -> Result<()> {
+    /// Refuses what cannot be, in batches of `batch_size` rows of `window` positions, a landmark after every `mem_freq` tokens; the first rows
+    /// are `exercises`.
+    pub fn check(&self, window: usize, mem_freq: Option<usize>, batch_size: usize, exercises: usize) -> Result<()> {
         let wrong =
             |field, got: String, expected: &str| Err(Error::Config { field, got, expected: expected.to_string() });
         let &Self { negative_rows, negative_share, negative_top_k } = self;
@@ -53,10 +53,10 @@ impl NegativeRows {
         if self.seeing(batch_size, exercises).is_empty() {
             return wrong("negative_share", negative_share.to_string(), "a share that is half a row at least");
         }
-        let Some(mem_freq) = config.mem_freq else {
+        let Some(mem_freq) = mem_freq else {
             return wrong("negative_rows", negative_rows.to_string(), "none, since there are no landmarks");
         };
-        let blocks = config.sequence_length / (mem_freq + 1);
+        let blocks = window / (mem_freq + 1);
         if negative_top_k == 0 || blocks < negative_top_k.saturating_add(2) {
             let expected = format!("at least 1, and at most the {blocks} blocks of a window less 2");
             return wrong("negative_top_k", negative_top_k.to_string(), &expected);
@@ -70,6 +70,17 @@ impl NegativeRows {
         let share = |rows: usize| (self.negative_share * rows as f64).round() as usize;
         exercises - share(exercises)..exercises + share(others)
     }
+}
+
+/// What decides from where keys are seen.
+#[derive(Debug)]
+pub(crate) struct Distances {
+    /// The rotary embedding.
+    pub rope: Rope,
+    /// Positions of a window.
+    pub window: usize,
+    /// Ordinary tokens of a block.
+    pub mem_freq: Option<usize>,
 }
 
 /// The rows of one batch, and from where they are seen.
@@ -92,48 +103,49 @@ impl Negatives {
     /// For a batch whose first rows are `exercises`. `None` where no row has a landmark to lend.
     pub fn new(
         options: &NegativeRows,
-        config: &GptConfig,
+        of: &Distances,
         is_landmark: &[u8],
         time: usize,
         exercises: usize,
         seed: u64,
     ) -> Result<Option<Self>> {
         let rows = is_landmark.len() / time;
-        options.check(config, rows, exercises)?;
+        options.check(of.window, of.mem_freq, rows, exercises)?;
         let (seeing, lending) = (options.seeing(rows, exercises), rows - options.negative_rows..rows);
         let lent = &is_landmark[lending.start * time..];
         let places: Vec<u32> = (0..lent.len() as u32).filter(|&place| lent[place as usize] != 0).collect();
         if places.is_empty() {
             return Ok(None);
         }
-        let block = config.mem_freq.map_or(0, |mem_freq| mem_freq + 1) as i64;
+        let block = of.mem_freq.map_or(0, |mem_freq| mem_freq + 1) as i64;
         let k = options.negative_top_k;
-        let distances = config.sequence_length / block as usize - k - 1;
+        let distances = of.window / block as usize - k - 1;
         let mut rng = ChaCha8Rng::seed_from_u64(mix64(seed ^ NEGATIVES));
         let chunk_blocks = seeing.clone().map(|_| below(&mut rng, distances as u64) as u32).collect();
-        let rope: Rope = config.rope();
         let keys: Vec<i64> =
             (0..distances as i64).flat_map(|c| std::iter::repeat_n(-c * block, places.len())).collect();
         let queries = offsets(&is_landmark[seeing.start * time..seeing.end * time], time);
         let queries: Vec<i64> = queries.into_iter().map(|offset| k as i64 * block + 1 + offset).collect();
-        let (queries, keys) = (rope.at(&queries), rope.at(&keys));
+        let (queries, keys) = (of.rope.at(&queries), of.rope.at(&keys));
         Ok(Some(Self { seeing, lending, places, queries, keys, chunk_blocks, distances }))
     }
 
     /// The log-sum-exp of each query's scores for the lent keys, `[B, H, T]` in f32 (f64 for f64), minus infinity for rows that do not see
-    /// them. `q` and `k` are `[B, H, T, D]`, before rotation.
+    /// them. `q` `[B, H, T, D]` and `k` `[B, kv_heads, T, D]` are before rotation.
     pub fn outside(&self, q: &Tensor, k: &Tensor, scale: f64) -> Result<Tensor> {
         let (batch, heads, time, dim) = q.dims4()?;
-        let device = q.device();
+        let (device, kv_heads) = (q.device(), k.dim(1)?);
         let (lent, seeing, n) = (self.lending.len(), self.seeing.len(), self.places.len());
         let places = Tensor::from_slice(&self.places, n, device)?;
         let keys = k.narrow(0, self.lending.start, lent)?.transpose(0, 1)?.contiguous()?;
-        let keys = keys.reshape((heads, lent * time, dim))?.index_select(&places, 1)?;
-        let keys = keys.unsqueeze(0)?.broadcast_as((self.distances, heads, n, dim))?.contiguous()?;
+        let keys = keys.reshape((kv_heads, lent * time, dim))?.index_select(&places, 1)?;
+        let keys = keys.unsqueeze(0)?.broadcast_as((self.distances, kv_heads, n, dim))?.contiguous()?;
         let chunk_blocks = Tensor::from_slice(&self.chunk_blocks, seeing, device)?;
         let keys = self.keys.apply(&keys)?.index_select(&chunk_blocks, 0)?;
         let queries = self.queries.apply(&q.narrow(0, self.seeing.start, seeing)?)?;
-        let lse = log_sum_exp(&queries.matmul(&keys.t()?)?, scale)?;
+        // Queries that share a head of keys, one after the other.
+        let queries = queries.contiguous()?.reshape((seeing, kv_heads, heads / kv_heads * time, dim))?;
+        let lse = log_sum_exp(&queries.matmul(&keys.t()?)?, scale)?.reshape((seeing, heads, time))?;
         let unseen = |rows: usize| -> Result<Option<Tensor>> {
             let none = Tensor::full(f32::NEG_INFINITY, (rows.max(1), heads, time), device)?.to_dtype(lse.dtype())?;
             Ok((rows > 0).then_some(none))
@@ -170,17 +182,9 @@ mod tests {
 
     const BLOCK: usize = 5;
 
-    fn config() -> GptConfig {
-        GptConfig {
-            n_embd: 16,
-            n_head: 2,
-            n_layer: 1,
-            vocab_size: 20,
-            landmark_id: 19,
-            sequence_length: 6 * BLOCK,
-            mem_freq: Some(BLOCK - 1),
-            ..GptConfig::default()
-        }
+    fn distances() -> Distances {
+        let rope = Rope::new(8, 10_000., landmark_attention::Pairs::Interleaved);
+        Distances { rope, window: 6 * BLOCK, mem_freq: Some(BLOCK - 1) }
     }
 
     const OPTIONS: NegativeRows = NegativeRows { negative_rows: 2, negative_share: 0.5, negative_top_k: 2 };
@@ -188,7 +192,7 @@ mod tests {
     const EXERCISES: usize = 4;
 
     fn negatives(is_landmark: &[u8], seed: u64) -> Negatives {
-        Negatives::new(&OPTIONS, &config(), is_landmark, 6 * BLOCK, EXERCISES, seed).unwrap().unwrap()
+        Negatives::new(&OPTIONS, &distances(), is_landmark, 6 * BLOCK, EXERCISES, seed).unwrap().unwrap()
     }
 
     fn regular() -> Vec<u8> {
@@ -213,7 +217,7 @@ mod tests {
             let (q, k) = (tensor(1), tensor(2));
             let outside = negatives.outside(&q, &k, 0.4).unwrap();
             assert_eq!(negatives.seeing, 2..5);
-            let (rope, time) = (config().rope(), 6 * BLOCK);
+            let (rope, time) = (distances().rope, 6 * BLOCK);
             let row = |x: &Tensor, b: usize, h: usize, t: usize, position: i64| -> Vec<f64> {
                 let x = x.narrow(0, b, 1).unwrap().narrow(1, h, 1).unwrap().narrow(2, t, 1).unwrap();
                 rope.at(&[position]).apply(&x).unwrap().flatten_all().unwrap().to_vec1().unwrap()
@@ -259,7 +263,7 @@ mod tests {
 
     #[test]
     fn without_exercises_the_first_rows_see() {
-        let negatives = Negatives::new(&OPTIONS, &config(), &regular(), 6 * BLOCK, 0, 9).unwrap().unwrap();
+        let negatives = Negatives::new(&OPTIONS, &distances(), &regular(), 6 * BLOCK, 0, 9).unwrap().unwrap();
         assert_eq!((&negatives.seeing, &negatives.lending), (&(0..3), &(6..8)));
         let outside = negatives.outside(&tensor(1), &tensor(2), 0.4).unwrap().max(D::Minus1).unwrap().max(1).unwrap();
         let seen: Vec<bool> = outside.to_vec1::<f64>().unwrap().into_iter().map(f64::is_finite).collect();
@@ -272,24 +276,39 @@ mod tests {
         assert_eq!(drawn(1), drawn(1));
         assert!((0..20).any(|seed| drawn(seed) != drawn(1)));
         let none = vec![0; ROWS * 6 * BLOCK];
-        assert!(Negatives::new(&OPTIONS, &config(), &none, 6 * BLOCK, EXERCISES, 1).unwrap().is_none());
+        assert!(Negatives::new(&OPTIONS, &distances(), &none, 6 * BLOCK, EXERCISES, 1).unwrap().is_none());
     }
 
     #[test]
     fn settings_that_cannot_be_are_named() {
-        let check = |options: NegativeRows, config: GptConfig, expected: &str| {
-            let error = options.check(&config, ROWS, EXERCISES).unwrap_err();
+        let check = |options: NegativeRows, mem_freq, expected: &str| {
+            let error = options.check(6 * BLOCK, mem_freq, ROWS, EXERCISES).unwrap_err();
             assert!(matches!(error, Error::Config { field, .. } if field == expected), "{error}");
         };
-        OPTIONS.check(&config(), ROWS, EXERCISES).unwrap();
-        check(NegativeRows { negative_rows: 5, ..OPTIONS }, config(), "negative_rows");
-        check(NegativeRows { negative_rows: 0, ..OPTIONS }, config(), "negative_rows");
-        let all = NegativeRows { negative_rows: ROWS, ..OPTIONS }.check(&config(), ROWS, 0).unwrap_err();
+        let mem_freq = Some(BLOCK - 1);
+        OPTIONS.check(6 * BLOCK, mem_freq, ROWS, EXERCISES).unwrap();
+        check(NegativeRows { negative_rows: 5, ..OPTIONS }, mem_freq, "negative_rows");
+        check(NegativeRows { negative_rows: 0, ..OPTIONS }, mem_freq, "negative_rows");
+        let all = NegativeRows { negative_rows: ROWS, ..OPTIONS }.check(6 * BLOCK, mem_freq, ROWS, 0).unwrap_err();
         assert!(matches!(all, Error::Config { field: "negative_rows", .. }), "{all}");
-        check(NegativeRows { negative_share: 1.5, ..OPTIONS }, config(), "negative_share");
-        check(NegativeRows { negative_share: 0.01, ..OPTIONS }, config(), "negative_share");
-        check(NegativeRows { negative_top_k: 5, ..OPTIONS }, config(), "negative_top_k");
-        check(OPTIONS, GptConfig { mem_freq: None, ..config() }, "negative_rows");
+        check(NegativeRows { negative_share: 1.5, ..OPTIONS }, mem_freq, "negative_share");
+        check(NegativeRows { negative_share: 0.01, ..OPTIONS }, mem_freq, "negative_share");
+        check(NegativeRows { negative_top_k: 5, ..OPTIONS }, mem_freq, "negative_top_k");
+        check(OPTIONS, None, "negative_rows");
+    }
+
+    /// Query head h sees the keys of head h / 2, as when each key head is there twice.
+    #[test]
+    fn heads_that_share_keys_see_what_they_share() {
+        let (q, k) = (tensor(1), tensor(2).narrow(1, 0, 1).unwrap());
+        let twice = Tensor::cat(&[&k, &k], 1).unwrap();
+        let outside = |k: &Tensor| {
+            let outside = negatives(&regular(), 9).outside(&q, k, 0.4).unwrap().narrow(0, 2, 3).unwrap();
+            outside.flatten_all().unwrap().to_vec1::<f64>().unwrap()
+        };
+        for (shared, apart) in outside(&k).into_iter().zip(outside(&twice)) {
+            assert!((shared - apart).abs() < 1e-12);
+        }
     }
 
     /// Log-sum-exps and the gradients of queries and keys.

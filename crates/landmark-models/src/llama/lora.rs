@@ -19,11 +19,14 @@ use super::matrix::Matrix;
 use super::model::{Llama, Weights};
 use super::parameters::{self, EMBEDDING};
 use crate::files::{at, replace};
-use crate::ops::{self, Dropout};
+use crate::ops::{self, Dropout, LowRank};
 use crate::{Error, Result};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
+
+/// The files of an adapter that decide what it is.
+pub const ADAPTER_FILES: [&str; 3] = [CONFIG, WEIGHTS, "config.json"];
 
 /// What `peft` puts before every name in its files.
 const PREFIX: &str = "base_model.model.";
@@ -107,9 +110,16 @@ impl Adapter {
             Some(seed) => ops::dropout(x, Dropout { p: self.dropout, seed })?,
             None => x.clone(),
         };
-        let low = ops::linear(&kept, &self.a, None)?;
-        let low = ops::scaled(&low, self.scale)?;
-        ops::linear_onto(&low, &self.b, None, y)
+        self.low_rank().onto(&kept, y)
+    }
+
+    /// Whether a step of this seed drops some of its input.
+    pub fn drops(&self, seed: Option<u64>) -> bool {
+        seed.is_some() && self.dropout > 0.
+    }
+
+    pub fn low_rank(&self) -> LowRank<'_> {
+        LowRank { a: &self.a, b: &self.b, scale: self.scale }
     }
 
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
@@ -247,6 +257,33 @@ impl Llama {
         replace(&dir.join(CONFIG), |path| fs::write(path, json).map_err(at(path)))?;
         self.config().save(dir)
     }
+}
+
+/// Writes the adapter in a folder into another, with its numbers rounded to a type.
+///
+/// # Errors
+/// Those of a folder that holds no adapter.
+pub fn copy_adapter(from: impl AsRef<Path>, to: impl AsRef<Path>, dtype: DType) -> Result<()> {
+    let (from, to) = (from.as_ref(), to.as_ref());
+    read_config(&from.join(CONFIG))?;
+    let path = from.join(WEIGHTS);
+    let wrong = |path: &Path| {
+        let path = path.to_path_buf();
+        move |source| Error::WeightsFile { path, source }
+    };
+    let tensors = candle_core::safetensors::load(&path, &Device::Cpu).map_err(wrong(&path))?;
+    let rounded = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_dtype(dtype)?));
+    let tensors = tensors.into_iter().map(rounded).collect::<Result<HashMap<_, _>>>()?;
+    fs::create_dir_all(to).map_err(at(to))?;
+    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+    replace(&to.join(WEIGHTS), |path| {
+        safetensors::serialize_to_file(&tensors, Some(metadata), path).map_err(|source| wrong(path)(source.into()))
+    })?;
+    for name in [CONFIG, "config.json"] {
+        let text = fs::read(from.join(name)).map_err(at(&from.join(name)))?;
+        replace(&to.join(name), |path| fs::write(path, text).map_err(at(path)))?;
+    }
+    Ok(())
 }
 
 /// What an `adapter_config.json` comes to: the adapters, and the token whose row learned.

@@ -90,9 +90,18 @@ impl Matrix {
         }
     }
 
-    /// See [`ops::cross_entropy`].
-    pub(super) fn cross_entropy(&self, x: &Tensor, targets: &Tensor, weights: Option<&Tensor>) -> Result<Tensor> {
-        ops::cross_entropy(x, &self.dense()?, targets, weights)
+    /// See [`ops::cross_entropy`]; of one `row` of a matrix that does not learn there may be a tensor `[1, in]` that does, which it holds.
+    pub(super) fn cross_entropy(
+        &self,
+        x: &Tensor,
+        row: Option<(&Tensor, usize)>,
+        targets: &Tensor,
+        weights: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        match row {
+            Some(row) => ops::cross_entropy_with_row(x, &self.dense()?, row, targets, weights),
+            None => ops::cross_entropy(x, &self.dense()?, targets, weights),
+        }
     }
 
     /// See [`ops::token_scores`].
@@ -186,7 +195,7 @@ mod tests {
             let y = w.linear(&x, Some(&b), Some(&residual)).unwrap();
             let head = Matrix::Dense(matrix(5, 7));
             let targets = Tensor::new(&[[0u32, 1, 2], [3, 4, 0]], &Device::Cpu).unwrap();
-            let loss = head.cross_entropy(&y, &targets, None).unwrap();
+            let loss = head.cross_entropy(&y, None, &targets, None).unwrap();
             let mut grads: ops::Gradients = match recording {
                 Some(recording) => recording.backward(&loss).unwrap(),
                 None => loss.backward().unwrap().into(),

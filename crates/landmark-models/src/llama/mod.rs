@@ -15,7 +15,7 @@ mod rope;
 pub use config::{Architecture, LandmarkConfig, LlamaConfig};
 pub use gguf::Gguf;
 pub use load::weight_files;
-pub use lora::{LORA_MODULES, LoraConfig};
+pub use lora::{ADAPTER_FILES, LORA_MODULES, LoraConfig, copy_adapter};
 pub use matrix::Matrix;
 pub use model::Llama;
 pub use rope::RopeScaling;

@@ -13,8 +13,8 @@ use super::config::{LandmarkConfig, LlamaConfig};
 use super::lora::{Adapter, LANDMARK_ROW, LoraConfig};
 use super::matrix::Matrix;
 use super::parameters::{self, EMBEDDING, HEAD, NORM};
-use crate::gpt::WindowAttention;
-use crate::ops::{self, NormKind, TokenScore};
+use crate::gpt::{Distances, NegativeRows, WindowAttention};
+use crate::ops::{self, Map, NormKind, TokenScore};
 use crate::{Error, Result};
 
 /// A LLaMA and its weights.
@@ -88,6 +88,28 @@ impl Linear {
         }
     }
 
+    /// What each map makes of x: of dense ones in one operation, which goes through x once on the way back.
+    fn together<const N: usize>(
+        of: [&Self; N],
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        seed: Option<u64>,
+    ) -> Result<[Tensor; N]> {
+        let map = |linear: &'_ &Self| match (&linear.w, &linear.adapter) {
+            (Matrix::Dense(_), Some(adapter)) => !adapter.drops(seed),
+            (w, _) => matches!(w, Matrix::Dense(_)),
+        };
+        if of.iter().all(map) {
+            let maps = of.map(|linear| {
+                let Matrix::Dense(w) = &linear.w else { unreachable!("all are dense") };
+                Map { w, b: linear.b.as_ref(), low: linear.adapter.as_ref().map(Adapter::low_rank) }
+            });
+            return ops::linears(x, maps, residual);
+        }
+        let each = of.iter().map(|linear| linear.apply(x, residual, seed)).collect::<Result<Vec<_>>>()?;
+        Ok(each.try_into().expect("one for each map"))
+    }
+
     fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         let w = if let Matrix::Dense(w) = &self.w { Some(w) } else { None };
         w.into_iter().chain(&self.b).chain(self.adapter.iter().flat_map(Adapter::tensors))
@@ -108,17 +130,19 @@ impl Layer {
     fn forward(&self, x: &Tensor, index: usize, attention: &mut dyn Attend, step: Step) -> Result<Tensor> {
         let Step { heads, kv_heads, activations, seed } = step;
         let normal = self.input_norm.apply(x, activations)?;
-        let mut q = ops::split_heads(&self.q.apply(&normal, None, seed)?, heads)?;
-        let mut k = ops::split_heads(&self.k.apply(&normal, None, seed)?, kv_heads)?;
-        let v = ops::split_heads(&self.v.apply(&normal, None, seed)?, kv_heads)?;
+        let [q, k, v] = Linear::together([&self.q, &self.k, &self.v], &normal, None, seed)?;
+        let mut q = ops::split_heads(&q, heads)?;
+        let mut k = ops::split_heads(&k, kv_heads)?;
+        let v = ops::split_heads(&v, kv_heads)?;
         if let Some([q_norm, k_norm]) = &self.qk_norm {
             (q, k) = (q_norm.apply(&q, activations)?, k_norm.apply(&k, activations)?);
         }
         let o = ops::attend(attention, index, [&q, &k, &v], activations)?;
-        let x = self.o.apply(&ops::join_heads(&o)?, Some(x), seed)?;
+        let [x] = Linear::together([&self.o], &ops::join_heads(&o)?, Some(x), seed)?;
         let normal = self.post_attention_norm.apply(&x, activations)?;
-        let inner = ops::swiglu(&self.gate.apply(&normal, None, seed)?, &self.up.apply(&normal, None, seed)?)?;
-        self.down.apply(&inner, Some(&x), seed)
+        let [gate, up] = Linear::together([&self.gate, &self.up], &normal, None, seed)?;
+        let [x] = Linear::together([&self.down], &ops::swiglu(&gate, &up)?, Some(&x), seed)?;
+        Ok(x)
     }
 
     /// What learns of it.
@@ -298,6 +322,31 @@ impl Llama {
         Ok(Self { activations: self.activations, recomputes: self.recomputes, ..model })
     }
 
+    /// The same model, whose quantized weights become dense ones of this type: their products are faster then, and take more memory.
+    pub fn dequantized(self, dtype: DType) -> Result<Self> {
+        let Self { config, weights: Weights { parameters, mut frozen }, lora, activations, recomputes, .. } = self;
+        for w in frozen.values_mut() {
+            if let Matrix::Quantized(_) = w {
+                *w = Matrix::Dense(w.dense()?.to_dtype(dtype)?);
+            }
+        }
+        let tracked = !parameters.is_empty();
+        Ok(Self { activations, recomputes, ..Self::assemble(config, Weights { parameters, frozen }, lora, tracked)? })
+    }
+
+    /// The same model for reading: nothing learns. Adapters are merged into dense weights, and stay beside quantized ones, which stay as they are.
+    pub fn for_reading(self) -> Result<Self> {
+        let quantized = self.weights.frozen.values().any(|w| matches!(w, Matrix::Quantized(_)));
+        let Some(lora) = self.lora.clone().filter(|_| quantized) else { return self.freeze() };
+        let Self { config, weights: Weights { mut parameters, mut frozen }, activations, recomputes, .. } = self;
+        let row = parameters.remove(LANDMARK_ROW);
+        if let (Some(row), Some(landmarks), Some(table)) = (row, config.landmarks, frozen.get_mut(EMBEDDING)) {
+            *table = table.with_row(landmarks.mem_id as usize, &row.as_detached_tensor())?;
+        }
+        let model = Self::assemble(config, Weights { parameters, frozen }, Some(lora), false)?;
+        Ok(Self { activations, recomputes, ..model })
+    }
+
     /// A frozen model with these adapters.
     pub(super) fn with_parameters(self, parameters: BTreeMap<String, Var>, lora: LoraConfig) -> Result<Self> {
         let Self { config, weights: Weights { frozen, .. }, activations, recomputes, .. } = self;
@@ -390,9 +439,29 @@ impl Llama {
 
     /// Attention for windows `ids` `[B, T]` (u32): dense, or through the landmarks among them if the model has landmarks.
     pub fn window_attention(&self, ids: &Tensor) -> Result<WindowAttention> {
+        self.attention_over(ids, None)
+    }
+
+    /// The same for a training step, by its seed, in which rows see the landmarks of others as [`NegativeRows`] says, in a batch whose first so
+    /// many rows are exercises.
+    pub fn window_attention_with_negatives(
+        &self,
+        ids: &Tensor,
+        (options, exercises, seed): (NegativeRows, usize, u64),
+    ) -> Result<WindowAttention> {
+        let (window, mem_freq) = (self.config.window(), self.config.landmarks.map(|landmarks| landmarks.mem_freq));
+        let of = Distances { rope: self.config.rope(window), window, mem_freq };
+        self.attention_over(ids, Some((options, of, exercises, seed)))
+    }
+
+    fn attention_over(
+        &self,
+        ids: &Tensor,
+        negatives: Option<(NegativeRows, Distances, usize, u64)>,
+    ) -> Result<WindowAttention> {
         let longest = self.config.sliding_window.unwrap_or(usize::MAX);
         let landmark = self.config.landmarks.map(|landmarks| landmarks.mem_id);
-        WindowAttention::with_rope(|time| self.config.rope(time), landmark, longest, ids)
+        WindowAttention::with_rope(|time| self.config.rope(time), landmark, longest, ids, negatives)
     }
 
     /// The hidden states `[B, T, C]`, after the last normalisation, of `ids` `[B, T]` (u32, best on the CPU, where they are checked).
@@ -428,27 +497,27 @@ impl Llama {
     fn embed(&self, ids: &Tensor) -> Result<Tensor> {
         let x = self.embedding.embedding(ids)?;
         let (Some(row), Some(landmarks)) = (&self.landmark_row, self.config.landmarks) else { return Ok(x) };
-        let is_landmark = ids.eq(landmarks.mem_id)?.to_dtype(x.dtype())?.to_device(x.device())?.unsqueeze(2)?;
-        let others = x.broadcast_mul(&is_landmark.affine(-1., 1.)?)?;
-        ops::bridge([row], |[row]| others.broadcast_add(&is_landmark.broadcast_mul(row)?))
+        let is_landmark = ids.eq(landmarks.mem_id)?;
+        let others = is_landmark.to_dtype(x.dtype())?.to_device(x.device())?.unsqueeze(2)?.affine(-1., 1.)?;
+        let others = x.broadcast_mul(&others)?;
+        // Row 0 for the others, row 1 for landmarks: the gradient adds up what an embedding's does.
+        let rows = ops::bridge([row], |[row]| Tensor::cat(&[&row.zeros_like()?, row], 0))?;
+        let landmarks = ops::embedding(&rows, &is_landmark.to_dtype(DType::U32)?)?;
+        ops::bridge([&landmarks], |[landmarks]| others + landmarks)
     }
 
-    /// The head, which with a tied embedding has the landmark's own row too.
+    /// The landmark's own row of the head, where it has one: with a tied embedding that learns apart from the others.
+    fn head_row(&self) -> Option<(&Tensor, usize)> {
+        let row = self.landmark_row.as_ref().filter(|_| self.config.tie_word_embeddings)?;
+        Some((row, self.config.landmarks?.mem_id as usize))
+    }
+
+    /// The head with that row.
     fn head(&self) -> Result<Matrix> {
-        let (Some(row), Some(landmarks)) = (&self.landmark_row, self.config.landmarks) else {
-            return Ok(self.head.clone());
-        };
-        if !self.config.tie_word_embeddings {
-            return Ok(self.head.clone());
+        match self.head_row() {
+            Some((row, id)) => Matrix::Dense(self.head.dense()?).with_row(id, &row.detach()),
+            None => Ok(self.head.clone()),
         }
-        let (table, id) = (self.head.dense()?, landmarks.mem_id as usize);
-        let after = table.narrow(0, id + 1, table.dim(0)? - id - 1)?;
-        let table = ops::bridge([row], |[row]| {
-            let before = table.narrow(0, 0, id)?;
-            let row = row.to_dtype(table.dtype())?;
-            if after.dim(0)? == 0 { Tensor::cat(&[&before, &row], 0) } else { Tensor::cat(&[&before, &row, &after], 0) }
-        })?;
-        Ok(Matrix::Dense(table))
     }
 
     /// The logits `[.., V]` of hidden states `[.., C]`.
@@ -459,7 +528,7 @@ impl Llama {
     /// The mean cross entropy of `targets` `[..]` (u32, [`IGNORE`](crate::IGNORE) where there is none) under hidden states `[.., C]`, by
     /// `weights` `[..]` (f32) if there are any: a scalar, differentiable. The logits are never all in memory.
     pub fn loss(&self, hidden: &Tensor, targets: &Tensor, weights: Option<&Tensor>) -> Result<Tensor> {
-        self.head()?.cross_entropy(hidden, targets, weights)
+        self.head()?.cross_entropy(hidden, self.head_row(), targets, weights)
     }
 
     /// Loss and accuracy target by target, in row-major order, `None` where there is no target; arguments as for [`Llama::loss`].

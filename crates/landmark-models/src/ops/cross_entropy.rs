@@ -36,8 +36,28 @@ pub struct TokenScore {
 /// When a gradient can be asked for it is computed here, while the logits of a chunk are at hand; the backward pass
 /// only scales it; none is computed of a `w` that is no variable.
 pub fn cross_entropy(x: &Tensor, w: &Tensor, targets: &Tensor, weights: Option<&Tensor>) -> Result<Tensor> {
-    on_gpu!(x, super::cuda::cross_entropy(x, w, targets, weights));
-    by_dtype!(OP, "x", x, loss(x, w, targets, weights))
+    on_gpu!(x, super::cuda::cross_entropy(x, w, None, targets, weights));
+    by_dtype!(OP, "x", x, loss(x, w, None, targets, weights))
+}
+
+/// The same for a `w` that does not learn but for one row, which stands in it and is given too: a variable `[1, C]`, and which row it is.
+pub(crate) fn cross_entropy_with_row(
+    x: &Tensor,
+    w: &Tensor,
+    row: (&Tensor, usize),
+    targets: &Tensor,
+    weights: Option<&Tensor>,
+) -> Result<Tensor> {
+    let &[vocab, width] = w.dims() else {
+        return Err(Error::Shape { op: OP, tensor: "w", got: w.dims().to_vec(), expected: "[vocab, width]".into() });
+    };
+    check_shape(OP, "row", row.0, &[1, width])?;
+    if row.1 >= vocab {
+        let expected = format!("a row of {vocab}");
+        return Err(Error::Value { op: OP, name: "row", got: row.1.to_string(), expected });
+    }
+    on_gpu!(x, super::cuda::cross_entropy(x, w, Some(row), targets, weights));
+    by_dtype!(OP, "x", x, loss(x, w, Some(row), targets, weights))
 }
 
 /// The score of each position of `x w^T`, `None` where the target is [`IGNORE`]; arguments as for [`cross_entropy`], positions
@@ -87,25 +107,32 @@ pub(super) fn shares(targets: &[u32], weights: Option<&Tensor>, shape: &[usize])
     Ok(shares)
 }
 
-fn loss<T: Real>(x: &Tensor, w: &Tensor, targets: &Tensor, weights: Option<&Tensor>) -> Result<Tensor> {
+fn loss<T: Real>(
+    x: &Tensor,
+    w: &Tensor,
+    row: Option<(&Tensor, usize)>,
+    targets: &Tensor,
+    weights: Option<&Tensor>,
+) -> Result<Tensor> {
     let shape = targets.dims();
     let (n, width, vocab, targets) = check(x, w, targets)?;
     let shares = shares(&targets, weights, shape)?;
     let x = x.contiguous()?;
-    let tape = Tape::new(OP, &[&x, w])?;
-    let learns = tape.tracked() && tape.wants(w);
+    let learner = row.map_or(w, |(row, _)| row);
+    let tape = Tape::new(OP, &[&x, learner])?;
+    let learns = tape.tracked() && tape.wants(learner);
     let (loss, grads) = {
         let (x_nc, w_vc) = (Elements::<T>::of(OP, "x", &x)?, Elements::<T>::of(OP, "w", w)?);
         let w_vc = Matrix::new(&w_vc, vocab, width);
         let step = (CHUNK / vocab).clamp(1, n);
         let (mut dx, mut dw) = match tape.tracked() {
-            true => (vec![T::zero(); n * width], vec![T::zero(); if learns { vocab * width } else { 0 }]),
+            true => (vec![T::zero(); n * width], vec![T::zero(); if learns { learner.elem_count() } else { 0 }]),
             false => (Vec::new(), Vec::new()),
         };
         let mut total = 0.;
         let chunks = targets.chunks(step).zip(shares.chunks(step)).zip(x_nc.chunks(step * width));
-        for (chunk, ((targets, shares), x)) in chunks.enumerate() {
-            let x = Matrix::new(x, targets.len(), width);
+        for (chunk, ((targets, shares), x_rows)) in chunks.enumerate() {
+            let x = Matrix::new(x_rows, targets.len(), width);
             let mut logits = product(x, w_vc.t());
             if !tape.tracked() {
                 let scores = score_rows(&logits, vocab, targets);
@@ -118,18 +145,24 @@ fn loss<T: Real>(x: &Tensor, w: &Tensor, targets: &Tensor, weights: Option<&Tens
             }
             total += softmax_less_target(&mut logits, vocab, targets, shares);
             let d_logits = Matrix::new(&logits, targets.len(), vocab);
-            if learns {
-                add_product(&mut dw, d_logits.t(), x);
+            match row {
+                _ if !learns => {}
+                None => add_product(&mut dw, d_logits.t(), x),
+                Some((_, row)) => {
+                    for (x, d_logits) in x_rows.chunks(width).zip(logits.chunks(vocab)) {
+                        dw.iter_mut().zip(x).for_each(|(dw, &x)| *dw += d_logits[row] * x);
+                    }
+                }
             }
             product_into(&mut dx[chunk * step * width..][..targets.len() * width], d_logits, w_vc);
         }
         (total, (dx, dw))
     };
-    let (x_shape, w_shape, device) = (x.shape().clone(), w.shape().clone(), x.device().clone());
+    let (x_shape, w_shape, device) = (x.shape().clone(), learner.shape().clone(), x.device().clone());
     let grads = match tape.tracked() {
         true => {
             let (dx, dw) = grads;
-            let dw = if learns { Tensor::from_vec(dw, w_shape, &device)? } else { w.detach() };
+            let dw = if learns { Tensor::from_vec(dw, w_shape, &device)? } else { learner.detach() };
             Some((Tensor::from_vec(dx, x_shape, &device)?, dw))
         }
         false => None,

@@ -7,7 +7,7 @@ use super::elements::{Elements, check_shape, rows_and_width};
 use super::math::Real;
 use super::product::{Matrix, product};
 use super::record::{Output, Tape};
-use super::{by_dtype, on_gpu, rows};
+use super::{by_dtype, on_gpu, rows, scaled};
 use crate::{Error, Result};
 
 /// `x w^T + b` for `x` `[.., in]`, `w` `[out, in]`, `b` `[out]`; returns `[.., out]`. No gradient is computed of a `w` that is no variable.
@@ -20,6 +20,54 @@ pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
 pub fn linear_onto(x: &Tensor, w: &Tensor, b: Option<&Tensor>, residual: &Tensor) -> Result<Tensor> {
     on_gpu!(x, super::cuda::linear(x, w, b, Some(residual)));
     by_dtype!("linear_onto", "x", x, typed(x, w, b, Some(residual)))
+}
+
+/// An affine map, with a change of low rank or without.
+#[derive(Clone, Copy)]
+pub(crate) struct Map<'t> {
+    /// `[out, in]`.
+    pub w: &'t Tensor,
+    /// `[out]`.
+    pub b: Option<&'t Tensor>,
+    /// What is added to it.
+    pub low: Option<LowRank<'t>>,
+}
+
+/// `scale * b a`, for `a` `[r, in]` and `b` `[out, r]`.
+#[derive(Clone, Copy)]
+pub(crate) struct LowRank<'t> {
+    pub a: &'t Tensor,
+    pub b: &'t Tensor,
+    pub scale: f64,
+}
+
+/// What each map makes of x, as [`linear`]; of one map alone also added to a residual, as [`linear_onto`].
+pub(crate) fn linears<const N: usize>(
+    x: &Tensor,
+    maps: [Map<'_>; N],
+    residual: Option<&Tensor>,
+) -> Result<[Tensor; N]> {
+    on_gpu!(x, super::cuda::linears(x, maps, residual));
+    let one = |Map { w, b, low }: Map<'_>| {
+        let y = match residual {
+            Some(residual) => linear_onto(x, w, b, residual)?,
+            None => linear(x, w, b)?,
+        };
+        match low {
+            Some(low) => low.onto(x, &y),
+            None => Ok(y),
+        }
+    };
+    let ys = maps.into_iter().map(one).collect::<Result<Vec<_>>>()?;
+    Ok(ys.try_into().expect("one for each map"))
+}
+
+impl LowRank<'_> {
+    /// `y` and what this makes of x.
+    pub fn onto(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        let low = scaled(&linear(x, self.a, None)?, self.scale)?;
+        linear_onto(&low, self.b, None, y)
+    }
 }
 
 fn typed<T: Real>(x: &Tensor, w: &Tensor, b: Option<&Tensor>, residual: Option<&Tensor>) -> Result<Tensor> {

@@ -34,8 +34,10 @@ pub use mlp::{Activation, Mlp, mlp, swiglu};
 pub use norm::{NormKind, norm};
 pub use record::{Gradients, Recording, Rounded};
 
+pub(crate) use cross_entropy::cross_entropy_with_row;
 pub(crate) use dropout::mix64;
 pub(crate) use elements::ids;
+pub(crate) use linear::{LowRank, Map, linears};
 pub(crate) use quantized::quantized_linear;
 pub(crate) use record::{attend, bridge, recomputed};
 

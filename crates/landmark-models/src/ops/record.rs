@@ -377,17 +377,14 @@ impl Tape {
         Ok(tensor)
     }
 
-    /// [`Tape::finish_one`] for a function that looks at what else comes with the gradient.
+    /// [`Tape::finish`] for a function that looks at what else comes with the gradients.
     #[cfg(feature = "cuda")]
-    pub fn finish_rounded(
+    pub fn finish_rounded<const N: usize>(
         self,
-        output: Output,
-        backward: impl Fn(Gradient) -> Result<Vec<Gradient>> + Send + Sync + 'static,
-    ) -> Result<Tensor> {
-        let [tensor] = self.end([output], move |mut grads| {
-            backward(grads.pop().flatten().expect("the hub is reached through its only result"))
-        })?;
-        Ok(tensor)
+        outputs: [Output; N],
+        backward: impl Fn(Vec<Option<Gradient>>) -> Result<Vec<Gradient>> + Send + Sync + 'static,
+    ) -> Result<[Tensor; N]> {
+        self.end(outputs, backward)
     }
 
     /// [`Tape::finish_one`] for a function that adds the gradient of its first input to what there is of it so far, if anything. Nobody

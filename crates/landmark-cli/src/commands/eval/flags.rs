@@ -108,6 +108,9 @@ pub struct Args {
     /// The model: a checkpoint's folder, or an experiment's, of which the newest checkpoint is taken
     #[arg(long, value_name = "DIR", required_unless_present = "grid", help_heading = "Model")]
     pub checkpoint: Option<PathBuf>,
+    /// The folder of an adapter that was trained beside that model (`landmark finetune --lora_r`)
+    #[arg(long, value_name = "DIR", conflicts_with = "grid", help_heading = "Model")]
+    pub adapter: Option<PathBuf>,
     /// gpt2, bytes, or the path of a tokenizer.json, for a model without a tokenizer.json
     #[arg(long, value_name = "FILE", help_heading = "Model")]
     pub tokenizer: Option<String>,

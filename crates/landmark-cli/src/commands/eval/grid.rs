@@ -96,7 +96,7 @@ pub fn run(name: GridName, args: &Args) -> anyhow::Result<ExitCode> {
     // One model in memory at a time.
     for (method, flag, given) in models {
         let model = given.as_deref().map(|named| Model::open(named, args)).transpose().context(flag)?;
-        let hash = model.as_ref().map(|model| kept::hash_of_model(&model.folder)).transpose()?;
+        let hash = model.as_ref().map(|model| kept::hash_of_model(&model.folder, None)).transpose()?;
         if let (Method::Landmark, Some(model)) = (method, &model) {
             let outline = model.weights.outline();
             table.landmark = Some((outline.heads, outline.mem_freq.unwrap_or(0)));

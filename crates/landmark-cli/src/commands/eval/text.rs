@@ -79,7 +79,7 @@ impl Text {
     /// Refuses tokens that are not of the model's vocabulary.
     pub fn check_model(&self, model: &Model, tokenizer: Option<&Tokenizer>) -> anyhow::Result<()> {
         if let (Some(ours), Some(models)) = (&self.tokenizer, tokenizer)
-            && ours.fingerprint() != models.fingerprint()
+            && !models.encodes_as(ours.fingerprint())
         {
             bail!(
                 "{}: its tokens are of another tokenizer ({}) than the model's ({})",

@@ -1,6 +1,6 @@
 //! The flags of `landmark finetune`: the Trainer's of `transformers` with its defaults, the authors' and `peft`'s, and ours.
 
-use crate::args::{ExerciseFlags, truth};
+use crate::args::{ExerciseFlags, NegativeFlags, truth};
 use crate::device::DeviceChoice;
 use clap::{ArgAction, Args, ValueEnum};
 use std::path::PathBuf;
@@ -154,6 +154,8 @@ pub struct Flags {
 
     #[command(flatten)]
     pub exercises: ExerciseFlags,
+    #[command(flatten)]
+    pub negatives: NegativeFlags,
 
     /// The folder of checkpoints, logs and the trained model
     #[arg(long, value_name = "DIR", help_heading = "Results")]

@@ -49,8 +49,8 @@ pub fn check(flags: &Flags) -> anyhow::Result<()> {
             "it needs --evaluation_strategy steps",
         ),
     ];
-    if let Some((flag, _, reason)) = refusals.into_iter().chain(flags.exercises.refusals()).find(|(_, given, _)| *given)
-    {
+    let retrieval = flags.exercises.refusals().into_iter().chain(flags.negatives.refusals());
+    if let Some((flag, _, reason)) = refusals.into_iter().chain(retrieval).find(|(_, given, _)| *given) {
         bail!("--{flag} is refused: {reason}");
     }
     // What launchers such as torchrun tell every process that they start.

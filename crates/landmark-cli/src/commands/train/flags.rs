@@ -1,6 +1,6 @@
 //! The flags of `landmark train`: those of the reference's `config/rotary.py` with its defaults, and ours.
 
-use crate::args::{ExerciseFlags, NoneOr, RETRIEVAL, none_or, truth};
+use crate::args::{ExerciseFlags, NegativeFlags, NoneOr, RETRIEVAL, none_or, truth};
 use crate::device::DeviceChoice;
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
@@ -311,15 +311,8 @@ pub struct Flags {
     pub whole_blocks: bool,
     #[command(flatten)]
     pub exercises: ExerciseFlags,
-    /// Rows of plain text whose landmarks queries of other rows see as well, without values: they learn to tell thousands of blocks apart
-    #[arg(long, value_name = "N", default_value_t = 0, help_heading = RETRIEVAL)]
-    pub negative_rows: usize,
-    /// The share of the other rows that see them
-    #[arg(long, value_name = "SHARE", default_value_t = 0.5, help_heading = RETRIEVAL)]
-    pub negative_share: f64,
-    /// The blocks that a query is to retrieve in inference, which decides from how far away they are seen
-    #[arg(long, value_name = "N", default_value_t = 4, help_heading = RETRIEVAL)]
-    pub negative_top_k: usize,
+    #[command(flatten)]
+    pub negatives: NegativeFlags,
 
     /// How a model reads the tokens of a batch
     #[arg(long, value_enum, default_value_t = OptimizationProcess::Landmark, help_heading = "Transformer-XL training")]

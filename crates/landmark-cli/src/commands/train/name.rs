@@ -73,9 +73,9 @@ fn settings(flags: &Flags) -> Vec<(&'static str, String)> {
         ("answer_weight", float(flags.exercises.answer_weight)),
         ("several_facts", float(flags.exercises.several_facts)),
         ("asked_again", float(flags.exercises.asked_again)),
-        ("negative_rows", flags.negative_rows.to_string()),
-        ("negative_share", float(flags.negative_share)),
-        ("negative_top_k", flags.negative_top_k.to_string()),
+        ("negative_rows", flags.negatives.negative_rows.to_string()),
+        ("negative_share", float(flags.negatives.negative_share)),
+        ("negative_top_k", flags.negatives.negative_top_k.to_string()),
     ];
     settings.map(|(key, value)| (key, sane(&value))).into()
 }

@@ -11,7 +11,6 @@ const XL: &str = "it belongs to --optimization_process transformer_xl";
 const ADAMW: &str = "it belongs to --opt adamw";
 const BASE: &str = "--model base_rotary has no blocks, and always a plain softmax";
 const SAMPLES: &str = "it needs --sample_freq N";
-const NEGATIVES: &str = "it needs --negative_rows N";
 const CMT: &str = "only --model landmark_with_cmt has a context-miss token";
 
 /// Refuses what cannot be done.
@@ -53,8 +52,6 @@ pub fn check(flags: &Flags) -> anyhow::Result<()> {
         ("sample_prompt", no_samples && flags.sample_prompt.is_some(), SAMPLES),
         ("sample_tokens", no_samples && flags.sample_tokens != 64, SAMPLES),
         ("sample_temperature", no_samples && flags.sample_temperature != 0.8, SAMPLES),
-        ("negative_share", flags.negative_rows == 0 && flags.negative_share != 0.5, NEGATIVES),
-        ("negative_top_k", flags.negative_rows == 0 && flags.negative_top_k != 4, NEGATIVES),
         ("use_cache", *use_cache, INFERENCE),
         ("lm_cache", !is_xl && flags.lm_cache != LmCache::None, INFERENCE),
         ("mem_cache_size", !is_xl && flags.mem_cache_size.is_some(), INFERENCE),
@@ -65,8 +62,8 @@ pub fn check(flags: &Flags) -> anyhow::Result<()> {
         ("eval_sample_size", eval_sample_size.is_some(), INFERENCE),
         ("mid_length", *mid_length != 250, INFERENCE),
     ];
-    if let Some((flag, _, reason)) = refusals.into_iter().chain(flags.exercises.refusals()).find(|(_, given, _)| *given)
-    {
+    let retrieval = flags.exercises.refusals().into_iter().chain(flags.negatives.refusals());
+    if let Some((flag, _, reason)) = refusals.into_iter().chain(retrieval).find(|(_, given, _)| *given) {
         bail!("--{flag} is refused: {reason}");
     }
     let missing = [

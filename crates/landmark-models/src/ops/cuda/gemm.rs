@@ -20,22 +20,32 @@ pub(super) struct Matrix {
     pub rows: usize,
     pub cols: usize,
     pub dtype: ElementType,
+    /// Elements from one row in memory to the next.
+    pitch: usize,
     transposed: bool,
+    /// What its elements are multiplied by.
+    scale: f32,
 }
 
 impl Matrix {
     pub fn new(address: Address, dtype: ElementType, rows: usize, cols: usize) -> Self {
-        Self { address, rows, cols, dtype, transposed: false }
+        Self { address, rows, cols, dtype, pitch: cols, transposed: false, scale: 1. }
+    }
+
+    /// With rows that are this many elements apart in memory.
+    pub fn with_pitch(self, pitch: usize) -> Self {
+        assert!(!self.transposed && pitch >= self.cols, "rows that do not overlap");
+        Self { pitch, ..self }
+    }
+
+    /// Times a factor; nothing is computed before the product.
+    pub fn times(self, factor: f64) -> Self {
+        Self { scale: self.scale * factor as f32, ..self }
     }
 
     /// The transpose; nothing moves.
     pub fn t(self) -> Self {
         Self { rows: self.cols, cols: self.rows, transposed: !self.transposed, ..self }
-    }
-
-    /// Elements from one row in memory to the next.
-    fn stride(&self) -> usize {
-        if self.transposed { self.rows } else { self.cols }
     }
 }
 
@@ -61,7 +71,7 @@ pub(super) unsafe fn product(
     let added = added.unwrap_or(0);
     let key = Key {
         sizes: [out.cols, out.rows, a.cols],
-        strides: [b.stride(), a.stride(), out.stride()],
+        strides: [b.pitch, a.pitch, out.pitch],
         transposed: [b.transposed, a.transposed],
         types: [a.dtype, out.dtype],
         adds: added != 0,
@@ -80,7 +90,7 @@ pub(super) unsafe fn product(
     };
     let addresses = [b.address, a.address, if added != 0 { added } else { out.address }, out.address];
     // SAFETY: the plan was made for matrices of these sizes, types and alignments; the caller vouches for the addresses.
-    unsafe { plan.run(&plan.algorithm, addresses, added != 0, on) }
+    unsafe { plan.run(&plan.algorithm, addresses, a.scale * b.scale, added != 0, on) }
 }
 
 /// What a product runs with. The workspace is used by one product at a time, as all are on one stream.
@@ -120,6 +130,15 @@ pub(super) struct Key {
     pub types: [ElementType; 2],
     pub adds: bool,
     alignments: [u32; 4],
+}
+
+impl Key {
+    /// Elements that the two factors and the product take in memory, with what lies between their rows.
+    pub fn elements(&self) -> [usize; 3] {
+        let ([m, n, k], [b_pitch, a_pitch, out_pitch], [b_turned, a_turned]) =
+            (self.sizes, self.strides, self.transposed);
+        [if b_turned { m } else { k } * b_pitch, if a_turned { k } else { n } * a_pitch, n * out_pitch]
+    }
 }
 
 /// A product's descriptors and algorithm. They are kept for the life of the process: a model has a few dozen.
@@ -213,7 +232,7 @@ impl Plan {
         }
     }
 
-    /// Addresses of b, a, what is added and out, as cuBLAS has them.
+    /// Addresses of b, a, what is added and out, as cuBLAS has them, and the factor on the product.
     ///
     /// # Safety
     /// As for [`product`]; of the sizes and alignments that the plan was made for.
@@ -221,17 +240,18 @@ impl Plan {
         &self,
         algorithm: &sys::cublasLtMatmulAlgo_t,
         at: [Address; 4],
+        factor: f32,
         adds: bool,
         on: On,
     ) -> Result<()> {
-        let (one, beta) = (1f32, if adds { 1f32 } else { 0. });
+        let beta = if adds { 1f32 } else { 0. };
         let [b, a, c, out] = at.map(|address| address as *mut c_void);
         // SAFETY: by this function's own demands.
         unsafe {
             result::matmul(
                 on.handle,
                 self.operation,
-                (&raw const one).cast(),
+                (&raw const factor).cast(),
                 (&raw const beta).cast(),
                 b,
                 self.b,

@@ -9,7 +9,7 @@ use super::gemm::{Matrix, product};
 use super::{Address, CudaStream_, ElementType, Fresh, address, run};
 use crate::ops::elements::{check_shape, ids, rows_and_width};
 use crate::ops::heads::Layout;
-use crate::ops::linear::check_weight;
+use crate::ops::linear::{LowRank, Map, check_weight};
 use crate::ops::record::{Gradient, Tape, bridge, in_type, parts};
 use crate::ops::{Activation, Dropout, Mlp};
 use crate::{Error, Result};
@@ -45,52 +45,136 @@ fn biased(op: &'static str, y: Tensor, b: Option<&Tensor>) -> Result<Tensor> {
 
 /// `x w^T` in the type of `x`, or `residual + x w^T` in that of the residual. The bias is only checked.
 fn affine(op: &'static str, x: &Tensor, w: &Tensor, b: Option<&Tensor>, residual: Option<&Tensor>) -> Result<Tensor> {
+    let [y] = maps(op, x, [Map { w, b, low: None }], residual)?;
+    Ok(y)
+}
+
+/// A part of [`maps`] with what its backward needs.
+struct Kept {
+    n_out: usize,
+    /// Of x's type.
+    w: Tensor,
+    learns: bool,
+    /// A and B of x's type, `scale x A^T`, the rank and the scale.
+    low: Option<(Tensor, Tensor, Tensor, usize, f64)>,
+}
+
+/// See [`crate::ops::linears`]; with a residual, which one map alone may have, what it gives is added to it, in its type. Biases are only
+/// checked. The gradient of x is summed up by the products themselves.
+fn maps<const N: usize>(
+    op: &'static str,
+    x: &Tensor,
+    maps: [Map<'_>; N],
+    residual: Option<&Tensor>,
+) -> Result<[Tensor; N]> {
+    assert!(N == 1 || residual.is_none(), "what is added belongs to one map");
     let (n, n_in) = rows_and_width(op, "x", x)?;
-    let n_out = check_weight(op, "w", w, b, n_in)?;
-    let shape = [&x.dims()[..x.rank() - 1], &[n_out]].concat();
     let device = x.device().as_cuda_device()?.clone();
     let x = x.contiguous()?;
     let residual = residual.map(|residual| residual.contiguous()).transpose()?;
-    let tape = Tape::new(op, &[Some(&x), Some(w), residual.as_ref()].into_iter().flatten().collect::<Vec<_>>())?;
-    let weight = in_type(w, x.dtype())?;
+    let parameters =
+        |map: &Map<'_>| [Some(map.w.clone()), map.low.map(|low| low.a.clone()), map.low.map(|low| low.b.clone())];
+    let parameters: Vec<Tensor> = maps.iter().flat_map(parameters).flatten().collect();
+    let inputs: Vec<&Tensor> = std::iter::once(&x).chain(&parameters).chain(&residual).collect();
+    let tape = Tape::new(op, &inputs)?;
     let dtype = residual.as_ref().map_or(x.dtype(), Tensor::dtype);
-    let y = Fresh::new(&device, shape.as_slice(), dtype)?;
-    let added = match &residual {
-        None => None,
-        Some(residual) => {
-            check_shape(op, "residual", residual, &shape)?;
-            Some(address(op, "residual", residual)?)
-        }
-    };
-    let out = Matrix::new(y.address, ElementType::of(op, "residual", dtype)?, n, n_out);
-    let (x_ni, w_oi) = (matrix(op, "x", &x, n, n_in)?, matrix(op, "w", &weight, n_out, n_in)?);
-    // SAFETY: all are live contiguous allocations of the sizes that were checked.
-    unsafe { product(&device, x_ni, w_oi.t(), out, added)? };
-    let (adds, learns) = (residual.is_some(), tape.wants(w));
-    tape.finish_rounded(y.output(), move |Gradient { whole: dy, rounded }| {
-        let dy_x = match rounded {
-            Some(rounded) if rounded.dtype() == x.dtype() => rounded,
-            _ => dy.to_dtype(x.dtype())?.contiguous()?,
+    let x_ni = matrix(op, "x", &x, n, n_in)?;
+    let (mut outputs, mut kept) = (Vec::with_capacity(N), Vec::with_capacity(N));
+    for Map { w, b, low } in maps {
+        let n_out = check_weight(op, "w", w, b, n_in)?;
+        let shape = [&x.dims()[..x.rank() - 1], &[n_out]].concat();
+        let added = match &residual {
+            None => None,
+            Some(residual) => {
+                check_shape(op, "residual", residual, &shape)?;
+                Some(address(op, "residual", residual)?)
+            }
         };
-        let dy_no = matrix(op, "dy", &dy_x, n, n_out)?;
-        let (x_ni, w_oi) = (matrix(op, "x", &x, n, n_in)?, matrix(op, "w", &weight, n_out, n_in)?);
+        let weight = in_type(w, x.dtype())?;
+        let y = Fresh::new(&device, shape, dtype)?;
+        let out = Matrix::new(y.address, ElementType::of(op, "residual", dtype)?, n, n_out);
+        // SAFETY: all are live contiguous allocations of the sizes that were checked.
+        unsafe { product(&device, x_ni, matrix(op, "w", &weight, n_out, n_in)?.t(), out, added)? };
+        let low = match low {
+            None => None,
+            Some(LowRank { a, b, scale }) => {
+                let r = check_weight(op, "a", a, None, n_in)?;
+                check_shape(op, "b", b, &[n_out, r])?;
+                let (a, b) = (in_type(a, x.dtype())?, in_type(b, x.dtype())?);
+                let low = Fresh::new(&device, (n, r), x.dtype())?.tensor();
+                let low_nr = matrix(op, "x", &low, n, r)?;
+                let a_ri = matrix(op, "a", &a, r, n_in)?;
+                // SAFETY: as above; the second product adds to what the first one of this map gave.
+                unsafe {
+                    product(&device, x_ni.times(scale), a_ri.t(), low_nr, None)?;
+                    product(&device, low_nr, matrix(op, "b", &b, n_out, r)?.t(), out, Some(y.address))?;
+                }
+                Some((a, b, low, r, scale))
+            }
+        };
+        kept.push(Kept { n_out, w: weight, learns: tape.wants(w), low });
+        outputs.push(y.output());
+    }
+    let (adds, wants_x) = (residual.is_some(), tape.wants(&x));
+    let outputs = outputs.try_into().unwrap_or_else(|_| unreachable!("one for each map"));
+    tape.finish_rounded(outputs, move |gradients| {
         let dx = Fresh::new(&device, x.shape(), x.dtype())?;
-        // SAFETY: as above.
-        unsafe { product(&device, dy_no, w_oi, Matrix::new(dx.address, x_ni.dtype, n, n_in), None)? };
-        let dw = if learns {
-            let dw = Fresh::new(&device, (n_out, n_in), DType::F32)?;
-            // SAFETY: as above.
-            unsafe { product(&device, dy_no.t(), x_ni, Matrix::new(dw.address, ElementType::F32, n_out, n_in), None)? };
-            dw.tensor()
-        } else {
-            weight.clone()
-        };
-        let mut grads = vec![dx.tensor().into(), dw.into()];
-        if adds {
-            grads.push(dy.into());
+        let x_ni = matrix(op, "x", &x, n, n_in)?;
+        let dx_ni = Matrix::new(dx.address, x_ni.dtype, n, n_in);
+        let mut so_far = None;
+        let (mut of_parameters, mut of_residual) = (Vec::new(), None);
+        for (gradient, Kept { n_out, w, learns, low }) in gradients.into_iter().zip(&kept) {
+            let n_out = *n_out;
+            let dy = match gradient {
+                Some(Gradient { rounded: Some(rounded), whole }) if rounded.dtype() == x.dtype() => {
+                    of_residual = Some(whole);
+                    rounded
+                }
+                Some(Gradient { whole, .. }) => {
+                    of_residual = Some(whole.clone());
+                    whole.to_dtype(x.dtype())?.contiguous()?
+                }
+                // Nobody asked for this one.
+                None => Tensor::zeros((n, n_out), x.dtype(), x.device())?,
+            };
+            let dy_no = matrix(op, "dy", &dy, n, n_out)?;
+            // SAFETY: in all of these, live contiguous allocations of the sizes that were checked.
+            let mut add_to_dx = |a, b| match wants_x {
+                true => unsafe { product(&device, a, b, dx_ni, so_far.replace(dx_ni.address)) },
+                false => Ok(()),
+            };
+            let weight_gradient = |dy, x, rows, cols| -> Result<Tensor> {
+                let dw = Fresh::new(&device, (rows, cols), DType::F32)?;
+                unsafe { product(&device, dy, x, Matrix::new(dw.address, ElementType::F32, rows, cols), None)? };
+                Ok(dw.tensor())
+            };
+            add_to_dx(dy_no, matrix(op, "w", w, n_out, n_in)?)?;
+            of_parameters.push(if *learns { weight_gradient(dy_no.t(), x_ni, n_out, n_in)? } else { w.clone() });
+            if let Some((a, b, low, r, scale)) = low {
+                let d_low = Fresh::new(&device, (n, *r), x.dtype())?;
+                let d_low_nr = Matrix::new(d_low.address, x_ni.dtype, n, *r);
+                unsafe { product(&device, dy_no.times(*scale), matrix(op, "b", b, n_out, *r)?, d_low_nr, None)? };
+                add_to_dx(d_low_nr, matrix(op, "a", a, *r, n_in)?)?;
+                of_parameters.push(weight_gradient(d_low_nr.t(), x_ni, *r, n_in)?);
+                of_parameters.push(weight_gradient(dy_no.t(), matrix(op, "x", low, n, *r)?, n_out, *r)?);
+            }
         }
-        Ok(grads)
+        let mut all = vec![dx.tensor().into()];
+        all.extend(of_parameters.into_iter().map(Gradient::from));
+        if adds {
+            all.push(of_residual.expect("a node is reached through its only result").into());
+        }
+        Ok(all)
     })
+}
+
+/// See [`crate::ops::linears`].
+pub fn linears<const N: usize>(x: &Tensor, each: [Map<'_>; N], residual: Option<&Tensor>) -> Result<[Tensor; N]> {
+    const OP: &str = "linears";
+    let biases = each.map(|map| map.b);
+    let ys = maps(OP, x, each, residual)?;
+    let ys = ys.into_iter().zip(biases).map(|(y, b)| biased(OP, y, b)).collect::<Result<Vec<_>>>()?;
+    Ok(ys.try_into().expect("one for each map"))
 }
 
 /// See [`crate::ops::project_heads`].

@@ -32,14 +32,17 @@ __device__ MaxSum block_join(MaxSum x) {
 }
 
 // A block per row. losses[row] = share (lse - logit of the target); with gradients logits become share (softmax - 1 at the target). A row
-// of share 0 (no target) has neither. correct[row], if asked for: whether no logit is above the target's. KEPT: the row is in shared memory when
+// of share 0 (no target) has neither. Rows are `pitch` logits apart. correct[row], if asked for: whether no logit is above the target's. KEPT: the row is in shared memory when
 // it is looked at again.
 template <typename T, int V, bool KEPT>
 __global__ void __launch_bounds__(THREADS)
-    cross_entropy(T *logits, const uint32_t *targets, const float *shares, float *losses, uint8_t *correct, int vocab, bool gradients) {
+    cross_entropy(T *logits, const uint32_t *targets, const float *shares, float *losses, uint8_t *correct, int vocab, int pitch,
+                  bool gradients) {
     extern __shared__ __align__(16) unsigned char shared[];
     const int64_t row = blockIdx.x;
-    T *x = logits + row * vocab;
+    T *x = logits + row * pitch;
+    // Whole packs; of what is left a thread has one logit at most.
+    const int packed = vocab / V * V, odd = packed + threadIdx.x;
     T *again = KEPT ? reinterpret_cast<T *>(shared) : x; // of which a thread reads what it wrote
     const float share = shares[row];
     if (share == 0.f) {
@@ -49,13 +52,14 @@ __global__ void __launch_bounds__(THREADS)
         }
         if (gradients) {
             const float zero[V] = {};
-            for (int c = threadIdx.x * V; c < vocab; c += THREADS * V) store<V>(x + c, zero);
+            for (int c = threadIdx.x * V; c < packed; c += THREADS * V) store<V>(x + c, zero);
+            if (odd < vocab) from_float(x[odd], 0.f);
         }
         return;
     }
     MaxSum mine{-1e30f, 0.f};
 #pragma unroll 4
-    for (int c = threadIdx.x * V; c < vocab; c += THREADS * V) {
+    for (int c = threadIdx.x * V; c < packed; c += THREADS * V) {
         float v[V];
         const auto pack = *reinterpret_cast<const Pack<T, V> *>(x + c);
         if (KEPT) *reinterpret_cast<Pack<T, V> *>(again + c) = pack;
@@ -69,6 +73,10 @@ __global__ void __launch_bounds__(THREADS)
         for (int i = 0; i < V; i++) here.sum += __expf(v[i] - max);
         mine = join(mine, here);
     }
+    if (odd < vocab) {
+        if (KEPT) again[odd] = x[odd];
+        mine = join(mine, {to_float(x[odd]), 1.f});
+    }
     const MaxSum all = block_join(mine);
     const int target = (int)targets[row];
     const float at_target = to_float(x[target]);
@@ -79,7 +87,8 @@ __global__ void __launch_bounds__(THREADS)
     }
     if (!gradients) return;
     const float scale = share / all.sum;
-    for (int c = threadIdx.x * V; c < vocab; c += THREADS * V) {
+    if (odd < vocab) from_float(x[odd], __expf(to_float(again[odd]) - all.max) * scale - (odd == target ? share : 0.f));
+    for (int c = threadIdx.x * V; c < packed; c += THREADS * V) {
         float v[V];
         load<V>(v, again + c);
 #pragma unroll
@@ -112,19 +121,19 @@ template <typename T> __global__ void scale(T *x, const float *factor, int64_t n
 
 template <typename T>
 cudaError_t launch(void *logits, const uint32_t *targets, const float *shares, float *losses, uint8_t *correct, int rows, int vocab,
-                   bool gradients, cudaStream_t stream) {
+                   int pitch, bool gradients, cudaStream_t stream) {
     const int bytes = vocab * (int)sizeof(T);
     const auto with = [&](auto kernel, int shared) {
         const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
         if (error != cudaSuccess) return error;
-        kernel<<<rows, THREADS, shared, stream>>>((T *)logits, targets, shares, losses, correct, vocab, gradients);
+        kernel<<<rows, THREADS, shared, stream>>>((T *)logits, targets, shares, losses, correct, vocab, pitch, gradients);
         return cudaGetLastError();
     };
     int device, most;
     cudaError_t error = cudaGetDevice(&device);
     if (!error) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (error) return error;
-    if (vocab % 8 != 0) return with(cross_entropy<T, 1, false>, 0);
+    if (pitch % 8 != 0) return with(cross_entropy<T, 1, false>, 0);
     if (gradients && bytes <= MOST_KEPT && bytes <= most) return with(cross_entropy<T, 8, true>, bytes);
     return with(cross_entropy<T, 8, false>, 0);
 }
@@ -134,9 +143,9 @@ cudaError_t launch(void *logits, const uint32_t *targets, const float *shares, f
 extern "C" {
 
 int landmark_cross_entropy(void *logits, int type, const uint32_t *targets, const float *shares, float *losses, uint8_t *correct,
-                           int rows, int vocab, int gradients, cudaStream_t stream) {
-    if (type == F32) return launch<float>(logits, targets, shares, losses, correct, rows, vocab, gradients, stream);
-    return launch<__nv_bfloat16>(logits, targets, shares, losses, correct, rows, vocab, gradients, stream);
+                           int rows, int vocab, int pitch, int gradients, cudaStream_t stream) {
+    if (type == F32) return launch<float>(logits, targets, shares, losses, correct, rows, vocab, pitch, gradients, stream);
+    return launch<__nv_bfloat16>(logits, targets, shares, losses, correct, rows, vocab, pitch, gradients, stream);
 }
 
 int landmark_scale(void *x, int type, const float *factor, int64_t n, cudaStream_t stream) {

@@ -27,7 +27,7 @@ use candle_core::{CudaStorage, DType, Shape, Storage, Tensor};
 use super::record::Output;
 use crate::{Error, Result};
 
-pub use layers::{embedding, join_heads, linear, merge_heads, mlp, project_heads, split_heads, swiglu};
+pub use layers::{embedding, join_heads, linear, linears, merge_heads, mlp, project_heads, split_heads, swiglu};
 pub use loss::{cross_entropy, token_scores};
 pub use norm::norm;
 

@@ -33,9 +33,10 @@ pub(super) fn choose(
 ) -> Result<()> {
     let [m, n, k] = key.sizes;
     let [factors, product] = key.types.map(ElementType::bytes);
+    let [b, a, out] = key.elements();
     if others.is_empty()
         || m.saturating_mul(n).saturating_mul(k) < WORTH
-        || (m * k + k * n) * factors + 3 * m * n * product > MOST
+        || (b + a) * factors + 3 * out * product > MOST
     {
         return Ok(());
     }
@@ -75,7 +76,7 @@ struct Trial<'a> {
 
 impl<'a> Trial<'a> {
     fn new(plan: &'a Plan, key: &Key, on: On, device: &'a CudaDevice) -> Result<Self> {
-        let [m, n, k] = key.sizes;
+        let [b, a, elements] = key.elements();
         let [factors, product] = key.types;
         let noise = |elements: usize, of: ElementType, seed: u32| -> Result<Fresh> {
             let x = Fresh::new(device, elements, of.dtype())?;
@@ -85,16 +86,23 @@ impl<'a> Trial<'a> {
             })?;
             Ok(x)
         };
+        let halfwords = (elements * product.bytes() / size_of::<u16>()) as i64;
+        // What lies between the rows is the same in both, and stays so.
+        let zeros = || -> Result<Fresh> {
+            let x = Fresh::new(device, elements, product.dtype())?;
+            is_same(device, x.address, x.address, halfwords)?;
+            Ok(x)
+        };
         Ok(Self {
             plan,
             on,
             device,
             adds: key.adds,
-            factors: [noise(m * k, factors, 1)?, noise(k * n, factors, 2)?],
-            added: if key.adds { Some(noise(m * n, product, 3)?) } else { None },
-            expected: noise(m * n, product, 4)?,
-            out: noise(m * n, product, 5)?,
-            halfwords: (m * n * product.bytes() / size_of::<u16>()) as i64,
+            factors: [noise(b, factors, 1)?, noise(a, factors, 2)?],
+            added: if key.adds { Some(noise(elements, product, 3)?) } else { None },
+            expected: zeros()?,
+            out: zeros()?,
+            halfwords,
         })
     }
 
@@ -102,18 +110,12 @@ impl<'a> Trial<'a> {
         let [b, a] = self.factors.each_ref().map(|factor| factor.address);
         let added = self.added.as_ref().map_or(out, |added| added.address);
         // SAFETY: live matrices of the plan's sizes, aligned better than any that it was made for.
-        unsafe { self.plan.run(algorithm, [b, a, added, out], self.adds, self.on) }
+        unsafe { self.plan.run(algorithm, [b, a, added, out], 1., self.adds, self.on) }
     }
 
     /// Whether the last product, into `out`, has the bits of `expected`. Then `out` is cleared.
     fn is_as_expected(&self) -> Result<bool> {
-        let (expected, out) = (self.expected.address, self.out.address);
-        let differs = Fresh::new(self.device, (), DType::U32)?;
-        run(OP, self.device, |stream| {
-            // SAFETY: two matrices of so many halfwords, and a number.
-            unsafe { landmark_differs(expected, out, self.halfwords, differs.address, stream) }
-        })?;
-        Ok(differs.tensor().to_scalar::<u32>()? == 0)
+        is_same(self.device, self.expected.address, self.out.address, self.halfwords)
     }
 
     /// Seconds of [`CALLS`] calls.
@@ -131,6 +133,16 @@ impl<'a> Trial<'a> {
         }
         Ok(fastest)
     }
+}
+
+/// Whether two matrices of so many halfwords have the same bits. Then the second is cleared.
+fn is_same(device: &CudaDevice, a: Address, b: Address, halfwords: i64) -> Result<bool> {
+    let differs = Fresh::new(device, (), DType::U32)?;
+    run(OP, device, |stream| {
+        // SAFETY: the callers' matrices, and a number.
+        unsafe { landmark_differs(a, b, halfwords, differs.address, stream) }
+    })?;
+    Ok(differs.tensor().to_scalar::<u32>()? == 0)
 }
 
 unsafe extern "C" {

@@ -1,0 +1,208 @@
+//! A reader whose text is in a session.
+
+use super::{CacheFlags, DeviceFlags, LmCache, Memory, Reader, SelectionMethod, check_vocabulary, load, memory};
+use crate::device::DeviceChoice;
+use crate::kept;
+use anyhow::{Context, bail};
+use candle_core::{Device, Tensor};
+use clap::ValueEnum;
+use landmark_data::Pretrained;
+use landmark_memory::LandmarkCache;
+use landmark_memory::session::{Session, Settings};
+use landmark_models::Model;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+/// What a session has to remember of how it is read. Another model, or another way to read, would not go on with the same text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct About {
+    /// The program that made the session.
+    pub program: String,
+    /// Where the model was.
+    pub model: PathBuf,
+    /// SHA-256 of its files.
+    pub model_hash: String,
+    /// The files' sizes and times: while they are these, the hash is not computed again.
+    pub model_files: Vec<(String, u64, u64)>,
+    /// What `--tokenizer` named.
+    pub tokenizer: Option<String>,
+    /// SHA-256 of the tokenizer.
+    pub tokenizer_hash: String,
+    /// The flags, with no default left open.
+    pub cache_topk: usize,
+    pub cache_selection_method: String,
+    pub mem_cache_freq: usize,
+    pub mid_length: usize,
+    pub rem_cutoff: Option<f64>,
+}
+
+/// Sessions are read on the CPU.
+const CPU: DeviceFlags = DeviceFlags { device: DeviceChoice::Cpu, dtype: None };
+
+impl About {
+    /// Makes a session of a model in a folder, read as the flags say.
+    pub fn create(
+        folder: &Path,
+        model: &Path,
+        tokenizer: Option<&str>,
+        flags: &CacheFlags,
+        settings: Settings,
+    ) -> anyhow::Result<Self> {
+        let path = super::checkpoint(model)?;
+        let pretrained = super::pretrained(&path, None, tokenizer)?;
+        let model = load(&path, None, CPU)?;
+        check_vocabulary(model.outline().vocab_size, &pretrained.tokenizer)?;
+        let outline = model.outline();
+        if flags.mem_cache_size.is_some() {
+            bail!("--mem_cache_size is refused: a session keeps all its blocks; --disk limits what it may take");
+        }
+        if flags.kind(&outline)? != LmCache::Mem {
+            bail!("a session needs a model with landmarks that reads with --lm_cache mem");
+        }
+        let config = memory::cache_config(flags, &outline, 1)?;
+        let cache = LandmarkCache::new(config.clone(), outline.rope.clone(), model.activations(), model.device())?;
+        let (_, mid_length) = Memory::of_text(flags, &model, &pretrained.tokenizer, &[], cache)?;
+        let path = std::path::absolute(&path)?;
+        let about = Self {
+            program: concat!("landmark ", env!("CARGO_PKG_VERSION")).into(),
+            model_hash: kept::hash_of_model(&path, None)?,
+            model_files: files(&path)?,
+            model: path,
+            tokenizer: tokenizer.map(str::to_string),
+            tokenizer_hash: pretrained.tokenizer.fingerprint().to_string(),
+            cache_topk: config.top_k,
+            cache_selection_method: flags
+                .cache_selection_method
+                .unwrap_or(SelectionMethod::PerTokenAndHead)
+                .name()
+                .into(),
+            mem_cache_freq: config.mem_freq,
+            mid_length,
+            rem_cutoff: flags.rem_cutoff.or(outline.rem_cutoff),
+        };
+        Session::create(folder, &config, outline.head_dim, settings, serde_json::to_value(&about)?)?;
+        Ok(about)
+    }
+
+    /// What a session remembers.
+    pub fn of(about: &serde_json::Value) -> anyhow::Result<Self> {
+        serde_json::from_value(about.clone()).context("session.json is not one of this program's")
+    }
+
+    /// The model, if it is still the one that read the session's text; `moved` is where it is now, if not where it was.
+    fn load(&self, moved: Option<&Path>) -> anyhow::Result<(Model, Pretrained)> {
+        let path = match moved {
+            Some(moved) => super::checkpoint(moved)?,
+            None => self.model.clone(),
+        };
+        if !path.exists() {
+            bail!("the session's model is not at {} any more: tell where it is with --checkpoint", path.display());
+        }
+        if (moved.is_some() || files(&path)? != self.model_files)
+            && kept::hash_of_model(&path, None)? != self.model_hash
+        {
+            bail!(
+                "the model in {} is not the one that read the session's text: its files have another hash",
+                path.display()
+            );
+        }
+        let pretrained = super::pretrained(&path, None, self.tokenizer.as_deref())?;
+        if pretrained.tokenizer.fingerprint().to_string() != self.tokenizer_hash {
+            bail!("the tokenizer of {} is not the one that the session's text was read with", path.display());
+        }
+        Ok((load(&path, None, CPU)?, pretrained))
+    }
+
+    fn flags(&self) -> anyhow::Result<CacheFlags> {
+        let method = SelectionMethod::from_str(&self.cache_selection_method, false);
+        Ok(CacheFlags {
+            lm_cache: Some(LmCache::Mem),
+            cache_topk: Some(self.cache_topk),
+            mem_cache_size: None,
+            cache_selection_method: Some(method.map_err(|error| anyhow::anyhow!("cache_selection_method: {error}"))?),
+            mid_length: Some(self.mid_length),
+            mem_cache_freq: Some(self.mem_cache_freq),
+            rem_cutoff: self.rem_cutoff,
+        })
+    }
+}
+
+/// Opens a session and the model that read its text; blocks in use take at most `ram` bytes.
+pub fn open_session(folder: &Path, moved: Option<&Path>, ram: u64) -> anyhow::Result<(Session, Reader)> {
+    let session = Session::open(folder)?;
+    for note in session.notes() {
+        eprintln!("{}: {note}", folder.display());
+    }
+    let about = About::of(session.about())?;
+    let (model, pretrained) = about.load(moved)?;
+    let (flags, outline) = (about.flags()?, model.outline());
+    let config = memory::cache_config(&flags, &outline, 1)?;
+    let (cache, hidden) = session.cache(config, outline.rope.clone(), usize::try_from(ram)?)?;
+    let tokenizer = pretrained.tokenizer;
+    if let Some(token) = session.tokens().iter().find(|&&token| token as usize >= outline.vocab_size) {
+        bail!("{}: token {token} is none of the model's", folder.display());
+    }
+    let (memory, chunk) = Memory::of_text(&flags, &model, &tokenizer, session.tokens(), cache)?;
+    let hidden = hidden.map(|hidden| {
+        if hidden.len() != outline.width {
+            bail!(
+                "{}: a hidden state of {} channels, and the model has {}",
+                folder.display(),
+                hidden.len(),
+                outline.width
+            );
+        }
+        Ok(Tensor::from_vec(hidden, (1, 1, outline.width), &Device::Cpu)?)
+    });
+    let reader = Reader {
+        begin: pretrained.begin,
+        end: pretrained.end,
+        memory,
+        chunk,
+        last: hidden.transpose()?,
+        last_token: session.tokens().last().copied(),
+        model,
+        tokenizer,
+    };
+    Ok((session, reader))
+}
+
+impl Reader {
+    /// Makes durable what was read since; see [`Session::commit`].
+    pub fn commit(
+        &mut self,
+        session: &mut Session,
+        tokens: &[u32],
+        append_from: Option<usize>,
+        last: bool,
+    ) -> anyhow::Result<()> {
+        let hidden = match &self.last {
+            Some(last) => last.flatten_all()?.to_vec1::<f32>()?,
+            None => Vec::new(),
+        };
+        let cache = self.memory.caches_mut().next().context("a session's reader has a cache")?;
+        Ok(session.commit(cache, tokens, &hidden, append_from, last)?)
+    }
+
+    /// How often a head's block was brought into RAM, and how often it was there.
+    pub fn loads(&self) -> (u64, u64) {
+        self.memory.caches().next().map_or((0, 0), LandmarkCache::loads)
+    }
+}
+
+/// Names, sizes and times of a model's files.
+fn files(path: &Path) -> anyhow::Result<Vec<(String, u64, u64)>> {
+    let paths = match path.is_file() {
+        true => vec![path.to_path_buf()],
+        false => [vec![path.join("config.json")], landmark_models::llama::weight_files(path)?].concat(),
+    };
+    let file = |path: PathBuf| {
+        let metadata = std::fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let time = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok((name, metadata.len(), time.map_or(0, |time| time.as_nanos() as u64)))
+    };
+    paths.into_iter().map(file).collect()
+}

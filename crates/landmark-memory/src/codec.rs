@@ -1,0 +1,196 @@
+//! How the keys and values of a block are kept as bytes: one *unit* for each layer and head.
+//!
+//! A unit holds the keys, then the values, `[block, head_dim]` each, little endian, and zeros up to a multiple of 64 bytes. With
+//! [`BlockType::I8`] the factors of the rows come first, `2 * block` of them in f32: an element is its byte times the factor of its row.
+
+use std::str::FromStr;
+
+use half::bf16;
+
+/// Units begin at multiples of it.
+const ALIGNMENT: usize = 64;
+
+/// The type of a stored element.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum BlockType {
+    /// 32-bit floats: what is read is, bit for bit, what was stored.
+    #[default]
+    F32,
+    /// bfloat16, rounded to nearest.
+    BF16,
+    /// 8-bit integers, with a factor for each token and head.
+    I8,
+}
+
+impl BlockType {
+    /// As the command line spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::BF16 => "bfloat16",
+            Self::I8 => "int8",
+        }
+    }
+
+    pub(crate) fn code(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::BF16 => 1,
+            Self::I8 => 2,
+        }
+    }
+
+    fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::BF16 => 2,
+            Self::I8 => 1,
+        }
+    }
+}
+
+impl FromStr for BlockType {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let all = [Self::F32, Self::BF16, Self::I8];
+        let found = all.into_iter().find(|of| of.name() == name);
+        found.ok_or_else(|| format!("expected float32, bfloat16 or int8, and not {name:?}"))
+    }
+}
+
+/// The sizes of units.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Codec {
+    /// The elements' type.
+    pub of: BlockType,
+    /// Positions of a block's place, the landmark's included.
+    pub block: usize,
+    /// Channels of a head.
+    pub head_dim: usize,
+}
+
+impl Codec {
+    /// Elements of a unit.
+    pub fn elements(self) -> usize {
+        2 * self.block * self.head_dim
+    }
+
+    /// Bytes of the rows' factors.
+    fn factors(self) -> usize {
+        if self.of == BlockType::I8 { 4 * 2 * self.block } else { 0 }
+    }
+
+    /// Bytes of a unit.
+    pub fn unit(self) -> usize {
+        (self.factors() + self.elements() * self.of.bytes()).next_multiple_of(ALIGNMENT)
+    }
+
+    /// Writes keys and values into a unit, all of whose bytes are zero.
+    pub fn encode(self, keys: &[f32], values: &[f32], unit: &mut [u8]) {
+        let rows = keys.chunks_exact(self.head_dim).chain(values.chunks_exact(self.head_dim));
+        let (factors, elements) = unit.split_at_mut(self.factors());
+        for (i, (row, bytes)) in rows.zip(elements.chunks_exact_mut(self.head_dim * self.of.bytes())).enumerate() {
+            match self.of {
+                BlockType::F32 => {
+                    for (bytes, x) in bytes.chunks_exact_mut(4).zip(row) {
+                        bytes.copy_from_slice(&x.to_le_bytes());
+                    }
+                }
+                BlockType::BF16 => {
+                    for (bytes, &x) in bytes.chunks_exact_mut(2).zip(row) {
+                        bytes.copy_from_slice(&bf16::from_f32(x).to_le_bytes());
+                    }
+                }
+                BlockType::I8 => {
+                    let largest = row.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+                    let (factor, inverse) = if largest > 0. { (largest / 127., 127. / largest) } else { (0., 0.) };
+                    factors[4 * i..][..4].copy_from_slice(&factor.to_le_bytes());
+                    for (byte, x) in bytes.iter_mut().zip(row) {
+                        *byte = ((x * inverse).round() as i8).cast_unsigned();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Reads a unit's keys and values, one after the other.
+    pub fn decode(self, unit: &[u8], into: &mut [f32]) {
+        for (row, into) in into.chunks_exact_mut(self.head_dim).enumerate() {
+            self.decode_row(unit, row, into);
+        }
+    }
+
+    /// The landmark's key.
+    pub fn landmark(self, unit: &[u8], into: &mut [f32]) {
+        self.decode_row(unit, self.block - 1, into);
+    }
+
+    fn decode_row(self, unit: &[u8], row: usize, into: &mut [f32]) {
+        let (factors, elements) = unit.split_at(self.factors());
+        let length = self.head_dim * self.of.bytes();
+        let bytes = &elements[row * length..][..length];
+        match self.of {
+            BlockType::F32 => {
+                for (x, bytes) in into.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                    *x = f32::from_le_bytes(*bytes);
+                }
+            }
+            BlockType::BF16 => {
+                for (x, bytes) in into.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *x = bf16::from_le_bytes(*bytes).to_f32();
+                }
+            }
+            BlockType::I8 => {
+                let factor = f32::from_le_bytes(factors.as_chunks::<4>().0[row]);
+                for (x, byte) in into.iter_mut().zip(bytes) {
+                    *x = f32::from(byte.cast_signed()) * factor;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_decoded_is_what_was_encoded_within_the_type() {
+        let (block, head_dim) = (5, 6);
+        let numbers = |seed: usize| -> Vec<f32> {
+            (0..block * head_dim).map(|i| ((i * 37 + seed) % 101) as f32 / 7. - 6.3).collect()
+        };
+        let (keys, values) = (numbers(1), numbers(50));
+        for (of, tolerance) in [(BlockType::F32, 0.), (BlockType::BF16, 1. / 256.), (BlockType::I8, 0.5 / 127.)] {
+            let codec = Codec { of, block, head_dim };
+            let mut unit = vec![0; codec.unit()];
+            assert!(unit.len().is_multiple_of(64));
+            codec.encode(&keys, &values, &mut unit);
+            let mut decoded = vec![0.; codec.elements()];
+            codec.decode(&unit, &mut decoded);
+            for (row, (got, expected)) in
+                decoded.chunks(head_dim).zip([&keys[..], &values].concat().chunks(head_dim)).enumerate()
+            {
+                let largest = expected.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+                for (got, expected) in got.iter().zip(expected) {
+                    let off = (got - expected).abs();
+                    assert!(off <= 1.001 * tolerance * largest, "{of:?}, row {row}: {got} is not {expected}");
+                }
+            }
+            let mut landmark = vec![0.; head_dim];
+            codec.landmark(&unit, &mut landmark);
+            assert_eq!(landmark, decoded[(block - 1) * head_dim..block * head_dim]);
+            // Once more changes nothing.
+            let mut again = vec![0; codec.unit()];
+            codec.encode(&decoded[..block * head_dim], &decoded[block * head_dim..], &mut again);
+            let mut twice = vec![0.; codec.elements()];
+            codec.decode(&again, &mut twice);
+            if of != BlockType::I8 {
+                assert_eq!(twice, decoded);
+            }
+            assert_eq!(of.name().parse::<BlockType>().unwrap(), of);
+        }
+        assert!("int4".parse::<BlockType>().unwrap_err().contains("int8"));
+    }
+}

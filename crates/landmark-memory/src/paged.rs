@@ -1,0 +1,333 @@
+//! Blocks in tiers: encoded on disk, or in memory until they are written there, and decoded in frames of RAM while they are used.
+
+use candle_core::{DType, Device, Tensor};
+use landmark_attention::retrieval::{self, Blocks, Kept};
+use rayon::prelude::*;
+
+use crate::codec::{BlockType, Codec};
+use crate::frames::{Frames, Job, UnitId};
+use crate::ring::Ring;
+use crate::segments::{BlockRecord, Segments, Shape};
+use crate::{CacheConfig, Error, Result};
+
+/// What a store of blocks in tiers is made for.
+#[derive(Debug, Clone, Copy)]
+pub struct Tiers {
+    /// The type that blocks are kept in. With [`BlockType::F32`] what is computed is, bit for bit, what a cache in memory computes.
+    pub of: BlockType,
+    /// Bytes of RAM for blocks that are in use. What one chunk reads in one layer is in RAM at once, whatever this says.
+    pub ram: usize,
+}
+
+/// The finished blocks of all layers.
+#[derive(Debug)]
+pub struct Paged {
+    shape: Shape,
+    heads: [usize; 2],
+    /// Landmark keys `[batch, kv_heads, capacity, head_dim]` of each layer.
+    landmarks: Vec<Ring<1>>,
+    frames: Frames,
+    /// The blocks that are cached, oldest first, by their numbers; `None`: the newest of all, so many as are cached.
+    numbers: Option<Vec<u32>>,
+    /// Checksums of the units of all blocks that are on disk, and where they are.
+    disk: Option<(Segments, Vec<u32>)>,
+    /// Blocks on disk.
+    written: usize,
+    /// Blocks after those, encoded, and what is known of them.
+    pending: Vec<u8>,
+    records: Vec<BlockRecord>,
+}
+
+impl Paged {
+    /// An empty store in memory, or before what is in `disk`.
+    pub fn new(config: &CacheConfig, head_dim: usize, tiers: Tiers, disk: Option<Segments>) -> Result<Self> {
+        let codec = Codec { of: tiers.of, block: config.mem_freq + 1, head_dim };
+        let heads = [config.batch, config.kv_heads];
+        let (per_segment, lineage) =
+            disk.as_ref().map_or((1, 0), |disk| (disk.shape().per_segment, disk.shape().lineage));
+        let shape = Shape { layers: config.layers, heads: config.batch * config.kv_heads, codec, per_segment, lineage };
+        if let Some(disk) = &disk
+            && *disk.shape() != shape
+        {
+            let (got, expected) = (format!("{shape:?}"), format!("{:?}, as the blocks on disk", disk.shape()));
+            return Err(Error::Config { name: "shape", got, expected });
+        }
+        let ring = |_| Ring::new(heads, [&[head_dim]], config.max_blocks, DType::F32, &Device::Cpu);
+        Ok(Self {
+            shape,
+            heads,
+            landmarks: (0..config.layers).map(ring).collect::<Result<_>>()?,
+            frames: Frames::new(shape.units(), codec.elements(), tiers.ram),
+            numbers: None,
+            disk: disk.map(|disk| (disk, Vec::new())),
+            written: 0,
+            pending: Vec::new(),
+            records: Vec::new(),
+        })
+    }
+
+    /// Takes over the first `blocks` on disk without those that are `dropped`; `each` is told those that are taken.
+    pub fn restore(
+        &mut self,
+        blocks: usize,
+        dropped: &dyn Fn(usize) -> bool,
+        mut each: impl FnMut(&BlockRecord) -> Result<()>,
+    ) -> Result<()> {
+        let Some((segments, mut crcs)) = self.disk.take() else { return Ok(()) };
+        let units = self.shape.units();
+        segments.check_lengths(blocks, dropped)?;
+        self.reserve(blocks)?;
+        crcs.reserve(blocks * units);
+        let mut numbers = Vec::new();
+        for records in segments.records(blocks, dropped) {
+            let records = records?;
+            for record in &records {
+                match record {
+                    Some(record) => {
+                        each(record)?;
+                        numbers.push(record.number as u32);
+                        crcs.extend(&record.crcs);
+                    }
+                    None => crcs.extend(std::iter::repeat_n(0, units)),
+                }
+            }
+            let landmarks: Vec<&[f32]> = records.iter().flatten().map(|record| &record.landmarks[..]).collect();
+            for layer in 0..self.shape.layers {
+                self.append_landmarks(layer, &landmarks)?;
+            }
+        }
+        self.written = blocks;
+        self.numbers = (numbers.len() < blocks).then_some(numbers);
+        self.disk = Some((segments, crcs));
+        Ok(())
+    }
+
+    /// `landmarks` are those of all layers and heads, block by block.
+    fn append_landmarks(&mut self, layer: usize, landmarks: &[&[f32]]) -> Result<()> {
+        let (n, d, heads) = (landmarks.len(), self.shape.codec.head_dim, self.shape.heads);
+        if n == 0 {
+            return Ok(());
+        }
+        let mut rows = Vec::with_capacity(heads * n * d);
+        for head in 0..heads {
+            for landmarks in landmarks {
+                rows.extend_from_slice(&landmarks[(layer * heads + head) * d..][..d]);
+            }
+        }
+        let [batch, kv_heads] = self.heads;
+        self.landmarks[layer].append([&Tensor::from_vec(rows, (batch, kv_heads, n, d), &Device::Cpu)?])
+    }
+
+    /// Blocks that are cached.
+    pub fn len(&self) -> usize {
+        self.landmarks[0].len()
+    }
+
+    /// Blocks of the text.
+    fn total(&self) -> usize {
+        self.written + self.records.len()
+    }
+
+    /// The number in the text of the `i`-th block that is cached.
+    pub fn number(&self, i: usize) -> usize {
+        match &self.numbers {
+            Some(numbers) => numbers[numbers.len() - self.len() + i] as usize,
+            None => self.total() - self.len() + i,
+        }
+    }
+
+    /// Bytes of RAM: frames, landmarks and what is not written.
+    pub fn bytes(&self) -> usize {
+        let landmarks: usize = self.landmarks.iter().map(Ring::bytes).sum();
+        self.frames.bytes() + landmarks + self.pending.capacity()
+    }
+
+    /// Bytes of RAM that so many blocks take if all are written: their landmarks.
+    pub fn bytes_of(&self, blocks: usize) -> usize {
+        self.landmarks.iter().map(|ring| ring.bytes_of(blocks)).sum()
+    }
+
+    /// Makes room for the landmarks of so many blocks.
+    pub fn reserve(&mut self, blocks: usize) -> Result<()> {
+        self.landmarks.iter_mut().try_for_each(|ring| ring.reserve(blocks))
+    }
+
+    /// Units that were brought into RAM, and that were found there.
+    pub fn loads(&self) -> (u64, u64) {
+        self.frames.loads()
+    }
+
+    /// Forgets all blocks, but for those on disk nothing is kept of the text.
+    pub fn clear(&mut self) {
+        self.landmarks.iter_mut().for_each(Ring::clear);
+        self.frames.forget_from(0);
+        self.pending.clear();
+        self.records.clear();
+        self.numbers = None;
+        self.written = 0;
+        if let Some((_, crcs)) = &mut self.disk {
+            crcs.clear();
+        }
+    }
+
+    /// Appends blocks: of each layer keys and values `[batch, kv_heads, n, block, head_dim]`; of each block its first token and their number.
+    pub fn append(&mut self, layers: &[(Tensor, Tensor)], sizes: &[(usize, u32)]) -> Result<()> {
+        let Shape { codec, heads, .. } = self.shape;
+        let (n, unit) = (sizes.len(), codec.unit());
+        let flat = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
+        let flat = |(keys, values): &(Tensor, Tensor)| candle_core::Result::Ok([flat(keys)?, flat(values)?]);
+        let layers: Vec<[Vec<f32>; 2]> = layers.iter().map(flat).collect::<candle_core::Result<_>>()?;
+        let begin = self.pending.len();
+        self.pending.resize(begin + n * self.shape.block_bytes(), 0);
+        let elements = codec.elements() / 2;
+        let number = self.total() as u64;
+        let blocks = self.pending[begin..].par_chunks_exact_mut(self.shape.block_bytes()).enumerate();
+        let records: Vec<BlockRecord> = blocks
+            .map(|(i, bytes)| {
+                let units = self.shape.units();
+                let (mut crcs, mut landmarks) = (Vec::with_capacity(units), Vec::with_capacity(units * codec.head_dim));
+                let mut landmark = vec![0.; codec.head_dim];
+                for (id, bytes) in bytes.chunks_exact_mut(unit).enumerate() {
+                    let at = (id % heads * n + i) * elements;
+                    let [keys, values] = &layers[id / heads];
+                    codec.encode(&keys[at..][..elements], &values[at..][..elements], bytes);
+                    crcs.push(crc32c::crc32c(bytes));
+                    codec.landmark(bytes, &mut landmark);
+                    landmarks.extend_from_slice(&landmark);
+                }
+                let (start, tokens) = (sizes[i].0 as u64, sizes[i].1);
+                BlockRecord { number: number + i as u64, start, tokens, tokens_crc: 0, crcs, landmarks }
+            })
+            .collect();
+        for layer in 0..self.shape.layers {
+            let landmarks: Vec<&[f32]> = records.iter().map(|record| &record.landmarks[..]).collect();
+            self.append_landmarks(layer, &landmarks)?;
+        }
+        if let Some(numbers) = &mut self.numbers {
+            numbers.extend(records.iter().map(|record| record.number as u32));
+        }
+        self.records.extend(records);
+        Ok(())
+    }
+
+    /// Sees to it that the chosen blocks of a layer are in RAM; `chosen` u32 `[batch, heads, time, k]` counts from the oldest.
+    pub fn promote(&mut self, layer: usize, chosen: &Tensor) -> Result<()> {
+        let (batch, heads, time, k) = chosen.dims4()?;
+        let [_, kv_heads] = self.heads;
+        let rows = chosen.flatten_all()?.to_vec1::<u32>()?;
+        let mut wanted = Vec::new();
+        let mut seen = vec![false; self.len()];
+        for b in 0..batch {
+            for kv in 0..kv_heads {
+                let group = heads / kv_heads;
+                let rows = &rows[(b * heads + kv * group) * time * k..][..group * time * k];
+                let unit = layer * self.shape.heads + b * kv_heads + kv;
+                let begin = wanted.len();
+                for &i in rows {
+                    if !std::mem::replace(&mut seen[i as usize], true) {
+                        wanted.push((UnitId { record: self.number(i as usize), unit }, i));
+                    }
+                }
+                wanted[begin..].iter().for_each(|&(_, i)| seen[i as usize] = false);
+            }
+        }
+        let mut units: Vec<UnitId> = wanted.into_iter().map(|(id, _)| id).collect();
+        units.sort_unstable();
+        let Self { frames, shape, disk, written, pending, .. } = self;
+        let load = |jobs: &mut [Job]| load(jobs, shape, disk.as_ref(), *written, pending);
+        frames.hold(&units, load)
+    }
+
+    /// The blocks of a layer, as retrieval reads them, with `f`; `lengths` as it expects them.
+    pub fn with_blocks<R>(&self, layer: usize, lengths: Option<&[u32]>, f: impl FnOnce(Blocks) -> R) -> R {
+        let frames = LayerFrames { paged: self, layer };
+        let [landmarks] = self.landmarks[layer].tensors();
+        let kept = Kept::Frames { block: self.shape.codec.block, frames: &frames };
+        let (first, len) = (self.landmarks[layer].first(), self.len());
+        f(Blocks { kept, landmarks, first, len, lengths })
+    }
+
+    /// Blocks that are not written yet.
+    pub fn pending(&self) -> &[BlockRecord] {
+        &self.records
+    }
+
+    /// Bytes that they take on disk.
+    pub fn disk_bytes(&self) -> u64 {
+        self.shape.disk_bytes(self.total())
+    }
+
+    /// Writes them, with the checksums of their tokens. They stay as they are until [`Self::written`].
+    pub fn write(&mut self, tokens_crc: impl Fn(&BlockRecord) -> u32) -> Result<()> {
+        for record in &mut self.records {
+            record.tokens_crc = tokens_crc(record);
+        }
+        match &self.disk {
+            Some((segments, _)) => segments.write(&self.records, &self.pending),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until blocks from this one on are on the disk.
+    pub fn sync(&self, from: usize) -> Result<()> {
+        self.disk.as_ref().map_or(Ok(()), |(segments, _)| segments.sync(from..self.total()))
+    }
+
+    /// What was written is on disk for good.
+    pub fn written(&mut self) {
+        if let Some((_, crcs)) = &mut self.disk {
+            self.records.iter().for_each(|record| crcs.extend(&record.crcs));
+            self.written += self.records.len();
+            self.records.clear();
+            self.pending.clear();
+        }
+    }
+
+    /// What was written shall not be there.
+    pub fn unwrite(&self) {
+        if let Some((segments, _)) = &self.disk {
+            segments.cut(self.written);
+        }
+    }
+}
+
+/// Frames of one layer.
+struct LayerFrames<'a> {
+    paged: &'a Paged,
+    layer: usize,
+}
+
+impl retrieval::Frames for LayerFrames<'_> {
+    fn frame(&self, head: usize, block: usize) -> Option<[&[f32]; 2]> {
+        let Paged { frames, shape, .. } = self.paged;
+        frames.get(self.layer * shape.heads + head, self.paged.number(block))
+    }
+}
+
+/// Decodes units into their buffers, from memory or from disk; units side by side in a block are read at once.
+fn load(
+    jobs: &mut [Job],
+    shape: &Shape,
+    disk: Option<&(Segments, Vec<u32>)>,
+    written: usize,
+    pending: &[u8],
+) -> Result<()> {
+    let (units, size) = (shape.units(), shape.codec.unit());
+    let runs: Vec<&mut [Job]> =
+        jobs.chunk_by_mut(|(a, _), (b, _)| a.record == b.record && a.unit + 1 == b.unit).collect();
+    runs.into_par_iter().try_for_each_init(Vec::new, |buffer, run| {
+        let UnitId { record, unit } = run[0].0;
+        let bytes = match disk.filter(|_| record < written) {
+            Some((segments, crcs)) => {
+                let crcs = &crcs[record * units + unit..][..run.len()];
+                segments.read(record, unit..unit + run.len(), crcs, buffer)?;
+                &buffer[..]
+            }
+            None => &pending[(record - written) * shape.block_bytes() + unit * size..][..run.len() * size],
+        };
+        for ((_, data), bytes) in run.iter_mut().zip(bytes.chunks_exact(size)) {
+            shape.codec.decode(bytes, data);
+        }
+        Ok(())
+    })
+}
