@@ -159,6 +159,7 @@ pub fn open_session(folder: &Path, moved: Option<&Path>, ram: u64) -> anyhow::Re
     let reader = Reader {
         begin: pretrained.begin,
         end: pretrained.end,
+        sampling: pretrained.sampling,
         memory,
         chunk,
         last: hidden.transpose()?,
