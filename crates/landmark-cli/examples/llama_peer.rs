@@ -1,5 +1,5 @@
-//! Answers questions about a LLaMA, one JSON object a line: this project's side of `benches/gguf_peer.py` and `benches/llama_hf.py`, which
-//! put the same questions to llama.cpp and to transformers.
+//! Answers questions about a LLaMA, one JSON object a line: this project's side of `benches/gguf_peer.py`, `benches/gguf_speed.py` and
+//! `benches/llama_hf.py`, which put the same questions to llama.cpp and to transformers.
 //!
 //! `llama_peer MODEL`, a folder or a GGUF file; of each question the answer is one line:
 //!
