@@ -1,7 +1,7 @@
 //! Rotary position embedding (Su et al., 2021): pair `i` of a head's channels is turned by `position * inv_freq[i]`, so that
 //! a product of a rotated query and a rotated key depends on their distance alone.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -72,6 +72,8 @@ impl Rope {
             .collect();
         let table = Table {
             host: table,
+            single: OnceLock::new(),
+            double: OnceLock::new(),
             #[cfg(feature = "cuda")]
             devices: Default::default(),
         };
@@ -93,9 +95,28 @@ pub struct Rotation {
 struct Table {
     /// `[positions, n_freq]`: cosine and sine.
     host: Vec<[f64; 2]>,
+    /// The cosines, then the sines, for the CPU, in the type that asked for them.
+    single: OnceLock<[Vec<f32>; 2]>,
+    double: OnceLock<[Vec<f64>; 2]>,
     /// The same on each GPU that asked for them.
     #[cfg(feature = "cuda")]
     devices: cuda::rope::Tables,
+}
+
+impl Table {
+    fn single(&self) -> [&[f32]; 2] {
+        self.single
+            .get_or_init(|| [0, 1].map(|i| self.host.iter().map(|turn| turn[i] as f32).collect()))
+            .each_ref()
+            .map(Vec::as_slice)
+    }
+
+    fn double(&self) -> [&[f64]; 2] {
+        self.double
+            .get_or_init(|| [0, 1].map(|i| self.host.iter().map(|turn| turn[i]).collect()))
+            .each_ref()
+            .map(Vec::as_slice)
+    }
 }
 
 impl Rotation {
@@ -137,25 +158,34 @@ impl Rotation {
         self.table.host.len() == batch * time * self.n_freq && batch > 1
     }
 
-    fn rotate<T: WithDType>(&self, x: &[T], layout: &Layout) -> Vec<T> {
+    fn rotate<T: WithDType>(&self, x: &[T], layout: &Layout, [cos, sin]: [&[T]; 2]) -> Vec<T> {
         let (batch, heads, time, head_dim) = layout.shape().dims4().expect("checked by apply");
         let [sb, sh, st] = [layout.stride()[0], layout.stride()[1], layout.stride()[2]];
-        let per_row = self.is_per_row(batch, time);
+        let (per_row, n) = (self.is_per_row(batch, time), self.n_freq);
+        let sign = T::from_f64(self.sign);
         let mut out = vec![T::zero(); batch * heads * time * head_dim];
         out.par_chunks_mut(time * head_dim).enumerate().for_each(|(bh, out)| {
             let (b, h) = (bh / heads, bh % heads);
             let first = if per_row { b * time } else { 0 };
             for (t, out) in out.chunks_exact_mut(head_dim).enumerate() {
                 let x = &x[layout.start_offset() + b * sb + h * sh + t * st..][..head_dim];
-                let turns = &self.table.host[(first + t) * self.n_freq..][..self.n_freq];
-                for (i, &[cos, sin]) in turns.iter().enumerate() {
-                    let (cos, sin) = (T::from_f64(cos), T::from_f64(self.sign * sin));
-                    let (i0, i1) = match self.pairs {
-                        Pairs::Interleaved => (2 * i, 2 * i + 1),
-                        Pairs::Halves => (i, i + self.n_freq),
-                    };
-                    out[i0] = x[i0] * cos - x[i1] * sin;
-                    out[i1] = x[i1] * cos + x[i0] * sin;
+                let (cos, sin) = (&cos[(first + t) * n..][..n], &sin[(first + t) * n..][..n]);
+                match self.pairs {
+                    Pairs::Interleaved => {
+                        for (i, (x, out)) in x.chunks_exact(2).zip(out.chunks_exact_mut(2)).enumerate() {
+                            let sin = sign * sin[i];
+                            out[0] = x[0] * cos[i] - x[1] * sin;
+                            out[1] = x[1] * cos[i] + x[0] * sin;
+                        }
+                    }
+                    Pairs::Halves => {
+                        let ((x0, x1), (out0, out1)) = (x.split_at(n), out.split_at_mut(n));
+                        for i in 0..n {
+                            let sin = sign * sin[i];
+                            out0[i] = x0[i] * cos[i] - x1[i] * sin;
+                            out1[i] = x1[i] * cos[i] + x0[i] * sin;
+                        }
+                    }
                 }
             }
         });
@@ -173,8 +203,8 @@ impl CustomOp1 for Rotation {
             candle_core::bail!("rope: the last dimension of x must be contiguous")
         }
         let out = match storage {
-            CpuStorage::F32(x) => CpuStorage::F32(self.rotate(x, layout)),
-            CpuStorage::F64(x) => CpuStorage::F64(self.rotate(x, layout)),
+            CpuStorage::F32(x) => CpuStorage::F32(self.rotate(x, layout, self.table.single())),
+            CpuStorage::F64(x) => CpuStorage::F64(self.rotate(x, layout, self.table.double())),
             other => candle_core::bail!("rope: dtype {:?} has no kernel", other.dtype()),
         };
         Ok((out, layout.shape().clone()))

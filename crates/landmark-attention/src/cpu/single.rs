@@ -19,9 +19,9 @@ pub fn fits<S: Simd, T: Real>(head_dim: usize) -> bool {
 /// The product of a query with a key. Equal keys give equal products, bit for bit, which retrieval's rule for ties relies on.
 #[inline(always)]
 pub fn dot<S: Simd, T: Real>(s: S, q: &[T], k: &[T]) -> T {
-    let (q, k): (&[T::Lanes<S>], &[T::Lanes<S>]) = (bytemuck::cast_slice(q), bytemuck::cast_slice(k));
     let mut sum = T::splat(s, T::default());
-    for (&q, &k) in q.iter().zip(k) {
+    let q = bytemuck::cast_slice::<_, T::Lanes<S>>(q);
+    for (&q, &k) in q.iter().zip(bytemuck::cast_slice::<_, T::Lanes<S>>(k)) {
         sum = T::mul_add(s, q, k, sum);
     }
     T::total(s, sum)
@@ -58,7 +58,8 @@ pub fn attend_block<S: Simd, T: Real>(
         sum = T::vadd(s, sum, *weight);
     }
     let inverse = T::splat(s, T::cast(1. / T::total(s, sum).widen()));
-    let (weights, values): (&[T], &[T::Lanes<S>]) = (bytemuck::cast_slice(weights), bytemuck::cast_slice(values));
+    let weights: &[T] = bytemuck::cast_slice(weights);
+    let values: &[T::Lanes<S>] = bytemuck::cast_slice(values);
     let out: &mut [T::Lanes<S>] = bytemuck::cast_slice_mut(out);
     let row = out.len();
     let mut channel = 0;
