@@ -21,7 +21,7 @@ use rayon::prelude::*;
 /// Blocks from which on an index is worth its while.
 pub const FROM_BLOCKS: usize = 2048;
 /// Lists that a query looks at.
-pub const PROBES: usize = 8;
+pub const PROBES: usize = 12;
 /// Keys of a list at least before it is split.
 const LIST: usize = 128;
 /// Steps of 2-means.
