@@ -7,6 +7,7 @@
 //! | `tokens` | the text's tokens, 4 bytes each, little endian |
 //! | `tail-0`, `tail-1`, `tail-2` | the unfinished block (`tail`); one of them counts |
 //! | `journal` | how much of all that counts (`journal`) |
+//! | `index` | an index of the landmarks of a long text (`index`) |
 //! | `lock` | who has the session |
 //!
 //! A chunk is appended in this order: blocks, tokens and the unfinished block are written where nothing counts yet, then a record is added to the
@@ -30,7 +31,7 @@ use landmark_attention::Rope;
 use crate::cache::LandmarkCache;
 use crate::codec::{BlockType, Codec};
 use crate::config::CacheConfig;
-use crate::paged::{Paged, Tiers};
+use crate::paged::{Paged, Scoring, Tiers};
 use crate::segments::{self, Segments, Shape};
 use crate::store::BlockStore;
 use crate::{Error, Result};
@@ -41,6 +42,7 @@ pub use repair::{Repair, repair};
 use tail::Tail;
 
 const TOKENS: &str = "tokens";
+const INDEX: &str = "index";
 /// How long, and how much, what is written may wait for the disk.
 const SYNC_TIME: Duration = Duration::from_secs(5);
 const SYNC_BYTES: u64 = 256 << 20;
@@ -199,9 +201,15 @@ impl Session {
     ///
     /// # Errors
     /// A cache of another shape than the session was made for; a file that is damaged.
-    pub fn cache(&self, config: CacheConfig, rope: Rope, ram: usize) -> Result<(LandmarkCache, Option<Vec<f32>>)> {
+    pub fn cache(
+        &self,
+        config: CacheConfig,
+        rope: Rope,
+        ram: usize,
+        scoring: Scoring,
+    ) -> Result<(LandmarkCache, Option<Vec<f32>>)> {
         config.check()?;
-        let tiers = Tiers { of: self.shape.codec.of, ram };
+        let tiers = Tiers { of: self.shape.codec.of, ram, scoring };
         let segments = Segments::new(&self.folder, self.shape);
         let mut paged = Paged::new(&config, rope.head_dim(), tiers, Some(segments))?;
         let mut blocks = Vec::new();
@@ -219,6 +227,10 @@ impl Session {
             blocks.push((record.start as usize, tokens.len() as u32));
             Ok(())
         })?;
+        // Without it, or with another text's, it is built again.
+        if let Ok(bytes) = fs::read(self.folder.join(INDEX)) {
+            paged.restore_index(&bytes);
+        }
         let tail = self.read_tail()?;
         let finished_tokens = self.tokens.len().checked_sub(tail.tokens());
         let Some(finished_tokens) = finished_tokens else {
@@ -287,6 +299,10 @@ impl Session {
                 let _ = fs::remove_file(self.folder.join(tail_name(other)));
             }
         }
+        // The text is safe; what the index costs to build again is time.
+        if last && let Some(bytes) = paged.encode_index()? {
+            let _ = replace(&self.folder.join(INDEX), &bytes);
+        }
         Ok(())
     }
 
@@ -342,6 +358,9 @@ impl Session {
             }
             copy(&self.folder.join(TOKENS), &new.join(TOKENS), 4 * self.last.tokens)?;
             copy(&self.folder.join(tail_name(self.last.tail)), &new.join(tail_name(0)), self.last.tail_len)?;
+            if let Ok(bytes) = fs::read(self.folder.join(INDEX)) {
+                replace(&new.join(INDEX), &bytes)?;
+            }
             self.head.write(new)?;
             let commit = Commit { number: 0, tail: 0, synced: true, time: now(), ..self.last };
             journal::create(new, self.shape.lineage, &commit)
@@ -372,7 +391,15 @@ impl Session {
 
     /// Reads everything and compares it with its checksums: what is damaged, in words.
     pub fn verify(&self) -> Vec<String> {
-        repair::examine(&self.folder, &self.head, &self.shape, &self.last).damage
+        let mut damage = repair::examine(&self.folder, &self.head, &self.shape, &self.last).damage;
+        let is_whole = |bytes: &[u8]| {
+            let parts = bytes.split_last_chunk::<4>();
+            parts.is_some_and(|(body, crc)| crc32c::crc32c(body) == u32::from_le_bytes(*crc))
+        };
+        if fs::read(self.folder.join(INDEX)).is_ok_and(|bytes| !is_whole(&bytes)) {
+            damage.push("the index is damaged: it is built again when the session is read".into());
+        }
+        damage
     }
 
     fn dropped(&self) -> Vec<u32> {
@@ -559,7 +586,7 @@ fn build(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
 fn remove(folder: &Path) -> Result<()> {
     let entries = fs::read_dir(folder).map_err(Error::io("read", folder))?;
     let is_ours = |name: &str| {
-        let plain = [head::NAME, journal::NAME, lock::NAME, TOKENS, "tail-0", "tail-1", "tail-2"];
+        let plain = [head::NAME, journal::NAME, lock::NAME, TOKENS, INDEX, "tail-0", "tail-1", "tail-2"];
         let stem = name.strip_suffix(".tmp").unwrap_or(name);
         let stem = if stem == "session" { head::NAME } else { stem };
         let number = stem.strip_prefix("blocks-").map(|rest| rest.trim_end_matches(".seg").trim_end_matches(".idx"));
