@@ -1,7 +1,7 @@
 //! Choosing blocks without scoring all landmarks: each query scores the centroids of lists, and the landmarks of the best lists alone.
 //!
-//! The queries of a tile are brought to the lists that they chose, so that a list's landmarks are gathered once for all of them. What is scored
-//! has, bit for bit, the score that [`super::retrieval`] gives it.
+//! The queries of a tile are brought to the lists that they chose, so that a list's landmarks are gathered once for all of them. Equal keys
+//! have equal scores, bit for bit, which the rule for ties relies on.
 
 use candle_core::{Storage, Tensor};
 use pulp::{Arch, Simd, WithSimd};
