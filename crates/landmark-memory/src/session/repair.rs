@@ -5,11 +5,12 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
+use super::folder::{replace, sync_folder};
 use super::head::{self, Head};
 use super::journal::{self, Commit};
 use super::lock::Lock;
 use super::tail::Tail;
-use super::{INDEX, TOKENS, crc_of, now, read_tail, replace, tail_name};
+use super::{INDEX, TOKENS, crc_of, now, read_tail, tail_name};
 use crate::segments::{Segments, Shape};
 use crate::{Error, Result};
 
@@ -135,6 +136,6 @@ pub fn repair(folder: &Path) -> Result<Repair> {
     let _ = std::fs::remove_file(folder.join(INDEX));
     head.write(folder)?;
     journal::create(folder, shape.lineage, &repaired)?;
-    super::sync_folder(folder)?;
+    sync_folder(folder)?;
     Ok(Repair { damage, dropped })
 }
