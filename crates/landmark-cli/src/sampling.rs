@@ -1,5 +1,6 @@
 //! The choice of the next token.
 
+use landmark_data::Sampling;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
@@ -7,18 +8,40 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 #[derive(clap::Args, Clone, Debug)]
 #[command(rename_all = "snake_case", next_help_heading = "Sampling")]
 pub struct SamplingFlags {
-    /// Divides the logits: below 1 likely tokens become likelier; 0 always takes the likeliest token
-    #[arg(long, value_name = "T", default_value_t = 0.8)]
-    temperature: f64,
-    /// Sample from the likeliest tokens that together have this probability
-    #[arg(long, value_name = "P", default_value_t = 1.)]
-    top_p: f64,
-    /// Sample from this many of the likeliest tokens. Left out: from all
+    /// Divides the logits: below 1 likely tokens become likelier; 0 always takes the likeliest token. Left out, as the two below: what the
+    /// model's generation_config.json says, or else 0.8
+    #[arg(long, value_name = "T")]
+    temperature: Option<f64>,
+    /// Sample from the likeliest tokens that together have this probability; 1: from all. Otherwise 0.95
+    #[arg(long, value_name = "P")]
+    top_p: Option<f64>,
+    /// Sample from this many of the likeliest tokens; 0: from all. Otherwise 40
     #[arg(long, value_name = "N")]
     top_k: Option<usize>,
     /// Decides what is sampled: the same seed gives the same text
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
+}
+
+impl SamplingFlags {
+    /// Refuses what is no setting.
+    pub fn check(&self) -> anyhow::Result<()> {
+        if let Some(temperature) = self.temperature.filter(|t| !is_temperature(*t)) {
+            anyhow::bail!("--temperature {temperature}: expected a number from 0");
+        }
+        if let Some(top_p) = self.top_p.filter(|p| !is_share(*p)) {
+            anyhow::bail!("--top_p {top_p}: expected a share above 0, at most 1");
+        }
+        Ok(())
+    }
+}
+
+fn is_temperature(temperature: f64) -> bool {
+    temperature >= 0. && temperature.is_finite()
+}
+
+fn is_share(top_p: f64) -> bool {
+    top_p > 0. && top_p <= 1.
 }
 
 /// Draws tokens; what it draws is a function of the settings, the seed and the logits.
@@ -30,19 +53,16 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// Draws as the flags say.
-    pub fn new(flags: &SamplingFlags) -> anyhow::Result<Self> {
-        let &SamplingFlags { temperature, top_p, top_k, seed } = flags;
-        if !(temperature >= 0. && temperature.is_finite()) {
-            anyhow::bail!("--temperature {temperature}: expected a number from 0");
-        }
-        if !(top_p > 0. && top_p <= 1.) {
-            anyhow::bail!("--top_p {top_p}: expected a share above 0, at most 1");
-        }
-        if top_k == Some(0) {
-            anyhow::bail!("--top_k 0: expected at least 1; leave it out to sample from all tokens");
-        }
-        Ok(Self { temperature, top_p, top_k: top_k.unwrap_or(usize::MAX), rng: ChaCha8Rng::seed_from_u64(seed) })
+    /// Draws as the flags say; where they say nothing, as the model's makers do; where these say nothing either, as llama.cpp does.
+    pub fn new(flags: &SamplingFlags, makers: Sampling) -> anyhow::Result<Self> {
+        flags.check()?;
+        let temperature = flags.temperature.or(makers.temperature.filter(|t| is_temperature(*t))).unwrap_or(0.8);
+        let top_p = flags.top_p.or(makers.top_p.filter(|p| is_share(*p))).unwrap_or(0.95);
+        let top_k = match flags.top_k.or(makers.top_k).unwrap_or(40) {
+            0 => usize::MAX,
+            top_k => top_k,
+        };
+        Ok(Self { temperature, top_p, top_k, rng: ChaCha8Rng::seed_from_u64(flags.seed) })
     }
 
     /// Draws with a temperature and a seed, from all tokens.
@@ -63,11 +83,17 @@ impl Sampler {
             anyhow::bail!("the model gives no probabilities: its logits are not numbers");
         }
         // Ties go to the smaller id, so that a draw does not depend on the sort.
-        ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        let by_rank = |a: &(u32, f64), b: &(u32, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        // Of a large vocabulary only what may be drawn is sorted.
+        let kept = if self.temperature == 0. { 1 } else { self.top_k };
+        if kept < ranked.len() {
+            ranked.select_nth_unstable_by(kept - 1, by_rank);
+            ranked.truncate(kept);
+        }
+        ranked.sort_unstable_by(by_rank);
         if self.temperature == 0. {
             return Ok(ranked[0].0);
         }
-        ranked.truncate(self.top_k);
         let best = ranked[0].1;
         for (_, weight) in &mut ranked {
             *weight = ((*weight - best) / self.temperature).exp();
@@ -100,8 +126,13 @@ mod tests {
     const LOGITS: [f32; 5] = [1., 3., 2., 3., -1.];
 
     fn shares(temperature: f64, top_p: f64, top_k: Option<usize>) -> [f64; 5] {
-        let flags = SamplingFlags { temperature, top_p, top_k, seed: 3 };
-        let mut sampler = Sampler::new(&flags).unwrap();
+        let flags = SamplingFlags {
+            temperature: Some(temperature),
+            top_p: Some(top_p),
+            top_k: Some(top_k.unwrap_or(0)),
+            seed: 3,
+        };
+        let mut sampler = Sampler::new(&flags, Sampling::default()).unwrap();
         let mut counts = [0.; 5];
         for _ in 0..20_000 {
             counts[sampler.sample(&LOGITS, |id| id != 3).unwrap() as usize] += 1. / 20_000.;
@@ -130,6 +161,21 @@ mod tests {
         assert_eq!(shares(1., 0.8, None)[0], 0.);
         assert_eq!(shares(0., 1., None)[2], 0.);
         assert_eq!(Sampler::greedy().sample(&LOGITS, |_| true).unwrap(), 1);
+    }
+
+    #[test]
+    fn flags_come_before_the_makers_settings_and_these_before_the_usual_ones() {
+        let none = SamplingFlags { temperature: None, top_p: None, top_k: None, seed: 1 };
+        let settings = |flags: &SamplingFlags, makers| {
+            let Sampler { temperature, top_p, top_k, .. } = Sampler::new(flags, makers).unwrap();
+            (temperature, top_p, top_k)
+        };
+        assert_eq!(settings(&none, Sampling::default()), (0.8, 0.95, 40));
+        let makers = Sampling { temperature: Some(0.6), top_p: Some(0.9), top_k: Some(0) };
+        assert_eq!(settings(&none, makers), (0.6, 0.9, usize::MAX));
+        let flags = SamplingFlags { temperature: Some(0.), top_k: Some(7), ..none.clone() };
+        assert_eq!(settings(&flags, makers), (0., 0.9, 7));
+        assert!(Sampler::new(&SamplingFlags { top_p: Some(0.), ..none }, makers).is_err());
     }
 
     #[test]

@@ -49,7 +49,7 @@ pub use borders::{Border, BorderRule, Placer};
 pub use error::Error;
 pub use exercise::{ExerciseOptions, Exercises};
 pub use folder::{DataFolder, TEST_FILE, TOKENIZER_FILE, TRAIN_FILE, VALIDATION_FILE};
-pub use pretrained::Pretrained;
+pub use pretrained::{Pretrained, Sampling};
 pub use stream::{Landmarks, Stream, Tokens};
 pub use token_file::{TokenFile, TokenFileInfo, TokenWriter};
 pub use tokenizer::{BpeTraining, Decoder, Fingerprint, Tokenizer};

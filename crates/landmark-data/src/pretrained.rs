@@ -5,7 +5,7 @@
 //! | `tokenizer.json` | the tokenizer |
 //! | `tokenizer_config.json` | `bos_token`, `eos_token`, `add_bos_token`, `chat_template` |
 //! | `chat_template.jinja` | the chat template, where it has a file of its own |
-//! | `generation_config.json` | `eos_token_id`: what ends a reply |
+//! | `generation_config.json` | `eos_token_id`: what ends a reply; `temperature`, `top_p`, `top_k`, `do_sample`: how to draw one |
 //!
 //! The rest of these files, and the others that the tools of Hugging Face look for, are kept and written again as they were.
 
@@ -46,9 +46,34 @@ pub struct Pretrained {
     pub eos_token: Option<String>,
     /// How a conversation is written (Jinja), if the model was trained on some.
     pub chat_template: Option<String>,
+    /// How its makers draw tokens, as far as they say.
+    pub sampling: Sampling,
     settings: Map<String, Value>,
     /// Other files, as they were.
     files: BTreeMap<&'static str, Vec<u8>>,
+}
+
+/// How tokens are drawn, where somebody says so.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Sampling {
+    /// What divides the logits; 0 where the likeliest token is always taken.
+    pub temperature: Option<f64>,
+    /// The probability that the likeliest tokens have together.
+    pub top_p: Option<f64>,
+    /// The number of the likeliest tokens; 0: all.
+    pub top_k: Option<usize>,
+}
+
+impl Sampling {
+    fn of(generation: &Map<String, Value>) -> Self {
+        let number = |name: &str| generation.get(name).and_then(Value::as_f64);
+        let is_greedy = generation.get("do_sample") == Some(&Value::Bool(false));
+        Self {
+            temperature: if is_greedy { Some(0.) } else { number("temperature") },
+            top_p: number("top_p"),
+            top_k: generation.get("top_k").and_then(Value::as_u64).and_then(|k| usize::try_from(k).ok()),
+        }
+    }
 }
 
 impl Pretrained {
@@ -134,7 +159,8 @@ impl Pretrained {
             }
             _ => None,
         });
-        Self { tokenizer, begin, end, bos_token, eos_token, chat_template, settings, files }
+        let sampling = Sampling::of(generation);
+        Self { tokenizer, begin, end, bos_token, eos_token, chat_template, sampling, settings, files }
     }
 
     /// The same with a landmark token, which is the next id; and that id. What has one already stays as it is.
@@ -232,11 +258,12 @@ mod tests {
                     "chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}],
                 }),
             ),
-            (GENERATION, json!({"eos_token_id": [5, 6]})),
+            (GENERATION, json!({"eos_token_id": [5, 6], "temperature": 0.6, "top_k": 20})),
         ]);
         let read = Pretrained::from_folder(dir.path()).unwrap();
         let id = |token: &str| read.tokenizer.token_id(token).unwrap();
         assert_eq!((&read.begin, &read.end), (&vec![id("A")], &vec![5, 6, id("B")]));
+        assert_eq!(read.sampling, Sampling { temperature: Some(0.6), top_p: None, top_k: Some(20) });
         assert_eq!((read.bos_token.as_deref(), read.chat_template.as_deref()), (Some("A"), Some("d")));
         let jinja = folder(&[(SETTINGS, json!({"chat_template": "old"})), (TEMPLATE, json!("new"))]);
         assert_eq!(Pretrained::from_folder(jinja.path()).unwrap().chat_template.as_deref(), Some("new"));

@@ -21,6 +21,8 @@ Examples:
   echo 'Who is Anne?' | landmark chat --checkpoint models/mine --file assets/persuasion.txt.zst --temperature 0
 
 Each line of standard input is a message, and each reply goes to standard output as it is drawn.
+Without flags of sampling, tokens are drawn as the model's generation_config.json says, and where it says nothing as llama.cpp
+does: temperature 0.8, the likeliest 40 tokens, of these 95 % of the probability.
 Ctrl-C stops a reply and keeps the conversation; at the prompt it ends it, as the end of the input does.
 
 Exit codes: 0 done, 1 error, 2 wrong command line, 130 Ctrl-C.";
@@ -51,9 +53,10 @@ pub struct Args {
 
 /// Talks.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let mut sampler = Sampler::new(&args.sampling)?;
+    args.sampling.check()?;
     let (path, adapter) = (reader::checkpoint(&args.model.checkpoint)?, args.model.adapter.as_deref());
     let pretrained = reader::pretrained(&path, adapter, args.model.tokenizer.as_deref())?;
+    let mut sampler = Sampler::new(&args.sampling, pretrained.sampling)?;
     let template = template(&args, &pretrained)?;
     let file = match &args.file {
         Some(path) => Some(TextPieces::open(path)?.rest().with_context(|| format!("--file {}", path.display()))?),

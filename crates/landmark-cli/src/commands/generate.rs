@@ -48,8 +48,9 @@ pub struct Args {
 
 /// Generates.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let mut sampler = Sampler::new(&args.sampling)?;
+    args.sampling.check()?;
     let mut reader = Reader::open(&args.model, &args.cache)?;
+    let mut sampler = Sampler::new(&args.sampling, reader.sampling())?;
     if args.show_blocks.is_some() && !reader.has_blocks() {
         bail!("--show_blocks is refused: this model is not read through the landmark cache, so there are no blocks");
     }

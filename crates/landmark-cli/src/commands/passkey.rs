@@ -10,7 +10,7 @@ use crate::machine::peak_memory;
 use crate::reader::{self, CacheFlags, LmCache, Memory, ModelFlags, Reading, SelectionMethod, Setting, fitting};
 use crate::reading::{ReadingBar, grouped};
 use anyhow::{Context, bail};
-use landmark_data::Tokenizer;
+use landmark_data::{Pretrained, Tokenizer};
 use landmark_models::Model;
 use landmark_models::gpt::Placement;
 use prompt::{Filler, MOST_KEYS, Prompts};
@@ -98,6 +98,9 @@ struct Key {
     model: String,
     filler: String,
     tokenizer: String,
+    /// What begins a text.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    begin: Vec<u32>,
 }
 
 /// The meaning of kept answers: raised when the test changes.
@@ -108,14 +111,14 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     check(&args)?;
     let (folder, adapter) = (reader::checkpoint(&args.model.checkpoint)?, args.model.adapter.as_deref());
     let model = reader::load(&folder, adapter, args.model.device)?;
-    let tokenizer = reader::tokenizer(&folder, adapter, args.model.tokenizer.as_deref())?;
+    let Pretrained { tokenizer, begin, .. } = reader::pretrained(&folder, adapter, args.model.tokenizer.as_deref())?;
     reader::check_vocabulary(model.outline().vocab_size, &tokenizer)?;
     let ways = ways(&args, &model)?;
     let filler = match &args.filler {
         None => Filler::garbage(&tokenizer)?,
         Some(path) => Filler::open(path, &tokenizer).with_context(|| format!("--filler {}", path.display()))?,
     };
-    let prompts = Prompts { tokenizer: &tokenizer, filler: &filler, keys: args.keys, seed: args.seed };
+    let prompts = Prompts { tokenizer: &tokenizer, begin: &begin, filler: &filler, keys: args.keys, seed: args.seed };
     // What is too short or impossible is known before hours of reading.
     let mut plan = Vec::with_capacity(args.lengths.len() * ways.len());
     for &length in &args.lengths {
@@ -145,6 +148,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
             model: model_hash.clone(),
             filler: filler_hash.clone(),
             tokenizer: tokenizer.fingerprint().to_string(),
+            begin: begin.clone(),
         };
         let what = format!("[{}/{count}] {} tokens", number + 1, grouped(length));
         let cell = compute(&key, reading, &args, &model, &prompts, &kept, &what)?;

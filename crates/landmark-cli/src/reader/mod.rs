@@ -10,7 +10,7 @@ use crate::sampling::Sampler;
 use anyhow::{Context, bail};
 use candle_core::{DType, Device, Tensor};
 pub use flags::{CacheFlags, DeviceFlags, Dtype, LmCache, ModelFlags, SelectionMethod};
-use landmark_data::{Pretrained, TOKENIZER_FILE, Tokenizer};
+use landmark_data::{Pretrained, Sampling, TOKENIZER_FILE, Tokenizer};
 use landmark_memory::{BlockRead, LandmarkCache};
 use landmark_models::gpt::Gpt;
 use landmark_models::llama::{Gguf, LandmarkConfig, Llama, LlamaConfig};
@@ -30,6 +30,7 @@ pub struct Reader {
     begin: Vec<u32>,
     /// Those that end one.
     end: Vec<u32>,
+    sampling: Sampling,
     memory: Memory,
     chunk: usize,
     /// The last hidden state `[1, 1, C]`: of it comes the next token.
@@ -48,7 +49,8 @@ impl Reader {
     /// Reads with a model at hand, by the conventions of its tokenizer.
     pub fn of_pretrained(model: Model, pretrained: &Pretrained, cache: &CacheFlags) -> anyhow::Result<Self> {
         let reader = Self::new(model, pretrained.tokenizer.clone(), cache)?;
-        Ok(Self { begin: pretrained.begin.clone(), end: pretrained.end.clone(), ..reader })
+        let Pretrained { begin, end, sampling, .. } = pretrained.clone();
+        Ok(Self { begin, end, sampling, ..reader })
     }
 
     /// Reads with a model at hand.
@@ -56,7 +58,8 @@ impl Reader {
         check_vocabulary(model.outline().vocab_size, &tokenizer)?;
         let (memory, chunk) = Memory::new(cache, &model, Some(&tokenizer), 1)?;
         let end = tokenizer.end_of_text().into_iter().collect();
-        Ok(Self { model, tokenizer, begin: Vec::new(), end, memory, chunk, last: None, last_token: None })
+        let (begin, sampling) = (Vec::new(), Sampling::default());
+        Ok(Self { model, tokenizer, begin, end, sampling, memory, chunk, last: None, last_token: None })
     }
 
     /// The tokenizer.
@@ -67,6 +70,11 @@ impl Reader {
     /// The tokens that begin a text, of models that were trained with some.
     pub fn begin(&self) -> &[u32] {
         &self.begin
+    }
+
+    /// How the model's makers draw tokens.
+    pub fn sampling(&self) -> Sampling {
+        self.sampling
     }
 
     /// Tokens that are read at once. To read a text in other portions changes a little what is retrieved.

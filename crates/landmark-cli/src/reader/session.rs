@@ -178,6 +178,7 @@ pub fn open_session(
     let reader = Reader {
         begin: pretrained.begin,
         end: pretrained.end,
+        sampling: pretrained.sampling,
         memory,
         chunk,
         last: hidden.transpose()?,

@@ -106,7 +106,13 @@ impl Matrix {
 
     /// See [`ops::token_scores`].
     pub(super) fn token_scores(&self, x: &Tensor, targets: &Tensor) -> Result<Vec<Option<TokenScore>>> {
-        ops::token_scores(x, &self.dense()?, targets)
+        match self {
+            // Its blocks, not a copy of it in f32.
+            Self::Quantized(w) if x.device().is_cpu() && x.dtype() == DType::F32 => {
+                ops::token_scores_by(x, targets, self.dims()[0], |x| ops::quantized_linear(x, w, None))
+            }
+            _ => ops::token_scores(x, &self.dense()?, targets),
+        }
     }
 
     /// The matrix with one more row, or with another in place of one: `row` `[in]`.
@@ -207,6 +213,14 @@ mod tests {
             for (got, expected) in run(&w, record).iter().zip(&expected) {
                 assert!(off(got, expected) < 1e-5, "{}", off(got, expected));
             }
+        }
+        let targets = Tensor::new(&[[0u32, ops::IGNORE, 2], [6, 4, 0]], &Device::Cpu).unwrap();
+        let [got, expected] = [&w, &dense].map(|w| w.token_scores(&x.detach(), &targets).unwrap());
+        assert_eq!(got.len(), 6);
+        for (got, expected) in got.iter().zip(&expected) {
+            assert_eq!(got.is_some(), expected.is_some());
+            let [got, expected] = [got, expected].map(|score| score.map_or(0., |score| score.loss));
+            assert!((got - expected).abs() < 1e-5, "{got}, expected {expected}");
         }
         let ids = Tensor::new(&[[6u32, 0]], &Device::Cpu).unwrap();
         assert_eq!(off(&w.embedding(&ids).unwrap(), &dense.embedding(&ids).unwrap()), 0.);

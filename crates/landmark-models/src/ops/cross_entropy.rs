@@ -67,15 +67,39 @@ pub fn token_scores(x: &Tensor, w: &Tensor, targets: &Tensor) -> Result<Vec<Opti
     by_dtype!(OP, "x", x, scores(x, w, targets))
 }
 
-pub(super) fn check(x: &Tensor, w: &Tensor, targets: &Tensor) -> Result<(usize, usize, usize, Vec<u32>)> {
+/// The same of x `[.., C]` on the CPU, of f32, whose logits `[n, vocab]` some other function gives: a chunk of positions at a time.
+pub(crate) fn token_scores_by(
+    x: &Tensor,
+    targets: &Tensor,
+    vocab: usize,
+    logits: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<Vec<Option<TokenScore>>> {
     let (n, width) = rows_and_width(OP, "x", x)?;
-    let vocab = check_weight(OP, "w", w, None, width)?;
+    let targets = checked_targets(x, vocab, targets)?;
+    let (x, step) = (x.reshape((n, width))?, (CHUNK / vocab).clamp(1, n));
+    let mut scores = Vec::with_capacity(n);
+    for (chunk, targets) in targets.chunks(step).enumerate() {
+        let logits = logits(&x.narrow(0, chunk * step, targets.len())?)?;
+        scores.extend(score_rows(&Elements::<f32>::of(OP, "logits", &logits)?, vocab, targets));
+    }
+    Ok(scores)
+}
+
+/// The targets of `x`, all below `vocab` or [`IGNORE`].
+fn checked_targets(x: &Tensor, vocab: usize, targets: &Tensor) -> Result<Vec<u32>> {
     check_shape(OP, "targets", targets, &x.dims()[..x.rank() - 1])?;
     let targets = ids(OP, "targets", targets)?;
     if let Some(id) = targets.iter().find(|&&id| id != IGNORE && id as usize >= vocab) {
         let expected = format!("ids below {vocab}, or IGNORE");
         return Err(Error::Value { op: OP, name: "targets", got: id.to_string(), expected });
     }
+    Ok(targets)
+}
+
+pub(super) fn check(x: &Tensor, w: &Tensor, targets: &Tensor) -> Result<(usize, usize, usize, Vec<u32>)> {
+    let (n, width) = rows_and_width(OP, "x", x)?;
+    let vocab = check_weight(OP, "w", w, None, width)?;
+    let targets = checked_targets(x, vocab, targets)?;
     Ok((n, width, vocab, targets))
 }
 

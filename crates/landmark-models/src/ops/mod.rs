@@ -35,6 +35,7 @@ pub use norm::{NormKind, norm};
 pub use record::{Gradients, Recording, Rounded};
 
 pub(crate) use cross_entropy::cross_entropy_with_row;
+pub(crate) use cross_entropy::token_scores_by;
 pub(crate) use dropout::mix64;
 pub(crate) use elements::ids;
 pub(crate) use linear::{LowRank, Map, linears};

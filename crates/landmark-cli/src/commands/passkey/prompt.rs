@@ -125,6 +125,8 @@ pub struct Prompt {
 pub struct Prompts<'t> {
     /// The model's.
     pub tokenizer: &'t Tokenizer,
+    /// The tokens that begin a text, of models that were trained with some: they count as others do.
+    pub begin: &'t [u32],
     /// What the keys are hidden in.
     pub filler: &'t Filler,
     /// How many keys are told; with one it is *the pass key*.
@@ -137,7 +139,7 @@ impl Prompts<'_> {
     /// A prompt of `length` tokens. Its keys, and how far into the text they are told, are a function of the seed and `trial` alone, so
     /// all lengths ask the same questions.
     pub fn prompt(&self, length: usize, trial: u64) -> anyhow::Result<Prompt> {
-        let &Self { tokenizer, filler, keys: count, seed } = self;
+        let &Self { tokenizer, begin, filler, keys: count, seed } = self;
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(trial);
         // (where it is told, its name, its number)
@@ -164,7 +166,7 @@ impl Prompts<'_> {
         let (_, name, key) = keys[asked];
         keys.sort_by(|a, b| a.0.total_cmp(&b.0));
 
-        let task = tokenizer.encode(TASK)?;
+        let task = [begin, &tokenizer.encode(TASK)?].concat();
         let told =
             keys.iter().map(|(_, name, key)| tokenizer.encode(&told(name, *key))).collect::<Result<Vec<_>, _>>()?;
         let question = tokenizer.encode(&question(name))?;
@@ -205,7 +207,8 @@ mod tests {
 
     fn text(filler: &Filler, keys: usize, length: usize, trial: u64) -> (String, Prompt) {
         let tokenizer = Tokenizer::bytes();
-        let prompt = Prompts { tokenizer: &tokenizer, filler, keys, seed: 1 }.prompt(length, trial).unwrap();
+        let prompt =
+            Prompts { tokenizer: &tokenizer, begin: &[], filler, keys, seed: 1 }.prompt(length, trial).unwrap();
         assert_eq!(prompt.tokens.len(), length);
         (tokenizer.decode(&prompt.tokens).unwrap(), prompt)
     }
@@ -256,6 +259,18 @@ mod tests {
     }
 
     #[test]
+    fn a_prompt_begins_as_the_models_texts_do() {
+        let tokenizer = Tokenizer::bytes();
+        let filler = Filler::text("It was a dark and stormy night. ", &tokenizer).unwrap();
+        let prompt =
+            |begin| Prompts { tokenizer: &tokenizer, begin, filler: &filler, keys: 1, seed: 1 }.prompt(600, 0).unwrap();
+        let (bare, marked) = (prompt(&[]), prompt(&[256]));
+        assert_eq!((marked.tokens[0], marked.tokens.len()), (256, 600));
+        assert_eq!(marked.tokens[1..50], bare.tokens[..49]);
+        assert_eq!(marked.key, bare.key);
+    }
+
+    #[test]
     fn a_text_goes_on_behind_the_key() {
         let words: String = (0..2000).map(|i| format!("w{i} ")).collect();
         let filler = Filler::text(&words, &Tokenizer::bytes()).unwrap();
@@ -288,7 +303,7 @@ mod tests {
         let tokenizer = Tokenizer::bytes();
         let filler = Filler::garbage(&tokenizer).unwrap();
         let error = |keys| {
-            let prompts = Prompts { tokenizer: &tokenizer, filler: &filler, keys, seed: 1 };
+            let prompts = Prompts { tokenizer: &tokenizer, begin: &[], filler: &filler, keys, seed: 1 };
             prompts.prompt(100, 0).err().unwrap().to_string()
         };
         assert!(error(1).starts_with("--lengths 100: too short, the task, the key"), "{}", error(1));

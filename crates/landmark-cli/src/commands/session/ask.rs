@@ -45,9 +45,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         bail!("--show_blocks 0: expected at least 1");
     }
     let begun = Instant::now();
-    let mut sampler = Sampler::new(&args.sampling)?;
+    args.sampling.check()?;
     let Opening { session: folder, checkpoint, ram, measure_recall } = &args.opening;
     let (mut session, mut reader) = open_session(folder, checkpoint.as_deref(), *ram, args.exact, *measure_recall)?;
+    let mut sampler = Sampler::new(&args.sampling, reader.sampling())?;
     if args.keep && session.append_from().is_some() {
         bail!("--keep is refused: a text was cut short in its appending; append it to its end first");
     }
