@@ -137,7 +137,9 @@ def ours(args, batch, length, folder):
 
 def in_process(command, read, seconds):
     """Runs a side and returns tokens per second and GiB on the GPU, or why there are none."""
-    used = lambda: int(subprocess.check_output(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]).split()[0])
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    query = ["nvidia-smi", "-i", gpu, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    used = lambda: int(subprocess.check_output(query).split()[0])
     before, most, done = used(), 0, threading.Event()
 
     def watch():

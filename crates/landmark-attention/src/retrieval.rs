@@ -121,6 +121,53 @@ pub fn select(queries: SlotQueries, blocks: Blocks, k: usize, selection: Selecti
     }
 }
 
+/// The landmarks of one key-value head in lists of such as are near each other.
+#[derive(Debug, Clone, Copy)]
+pub struct Lists<'a> {
+    /// What stands for each list, `[lists, head_dim]`.
+    pub centroids: &'a [f32],
+    /// The blocks of each list, ascending, counted from the oldest. A block may be in none: then it is not found, but for the newest.
+    pub members: &'a [Vec<u32>],
+}
+
+/// As [`select`] with [`Selection::PerTokenAndHead`], where each query looks at the `probes` lists alone whose centroids score best; `lists` are those
+/// of each key-value head, over the rows of the batch. With all lists probed, and all blocks in some, it is what [`select`] chooses. On the CPU in
+/// f32.
+///
+/// # Errors
+/// Those of [`select`]; lists that are not those of the heads.
+pub fn select_in_lists(
+    queries: SlotQueries,
+    blocks: Blocks,
+    k: usize,
+    lists: &[Lists],
+    probes: usize,
+) -> Result<Tensor> {
+    const OP: &str = "select_in_lists";
+    let shape = RetrievalShape::check(OP, queries, blocks)?;
+    let fits = |lists: &Lists| {
+        let are_in_range =
+            lists.members.iter().all(|list| list.last().is_none_or(|&block| (block as usize) < blocks.len));
+        lists.centroids.len() == lists.members.len() * shape.head_dim && are_in_range
+    };
+    if lists.len() != shape.batch * shape.kv_heads || !lists.iter().all(fits) {
+        let got = format!("lists of {} heads", lists.len());
+        return Err(Error::Param { op: OP, name: "lists", got, expected: "a centroid for each list of each head" });
+    }
+    if k == 0 || probes == 0 {
+        let got = format!("k {k}, probes {probes}");
+        return Err(Error::Param { op: OP, name: "k or probes", got, expected: "at least 1" });
+    }
+    if queries.queries.dtype() != DType::F32 || !queries.queries.device().is_cpu() {
+        let expected = "f32 on the CPU".into();
+        return Err(Error::DType { op: OP, tensor: "queries", got: queries.queries.dtype(), expected });
+    }
+    if k >= blocks.len {
+        return select(queries, blocks, k, Selection::PerTokenAndHead);
+    }
+    Ok(cpu::lists::select(&shape, queries, blocks, k, lists, probes)?)
+}
+
 /// Attention over the chosen blocks, u32 `[batch, heads, time, k]` ascending, as [`select`] returns them. No gradient.
 ///
 /// # Errors

@@ -28,7 +28,7 @@ use landmark_attention::{Attend, LandmarkParams, Rope, Rotation, landmark_attent
 use crate::config::CacheConfig;
 use crate::distances::Distances;
 use crate::layout::{Layout, block_sizes};
-use crate::paged::{Paged, Tiers};
+use crate::paged::{Paged, Recall, Tiers};
 use crate::reads::Reads;
 use crate::store::BlockStore;
 use crate::{BlockRead, Error, Result};
@@ -153,6 +153,14 @@ impl LandmarkCache {
         match &self.store {
             BlockStore::Rings(_) => (0, 0),
             BlockStore::Paged(paged) => paged.loads(),
+        }
+    }
+
+    /// What an index found of what all landmarks would have given, with [`crate::Scoring::IndexMeasured`].
+    pub fn recall(&self) -> Recall {
+        match &self.store {
+            BlockStore::Rings(_) => Recall::default(),
+            BlockStore::Paged(paged) => paged.recall(),
         }
     }
 

@@ -1,11 +1,12 @@
 //! Blocks in tiers: encoded on disk, or in memory until they are written there, and decoded in frames of RAM while they are used.
 
-use candle_core::{DType, Device, Tensor};
-use landmark_attention::retrieval::{self, Blocks, Kept};
+use candle_core::{DType, Device, Storage, Tensor};
+use landmark_attention::retrieval::{self, Blocks, Kept, Selection, SlotQueries};
 use rayon::prelude::*;
 
 use crate::codec::{BlockType, Codec};
 use crate::frames::{Frames, Job, UnitId};
+use crate::index::{self, FROM_BLOCKS, Index, PROBES};
 use crate::ring::Ring;
 use crate::segments::{BlockRecord, Segments, Shape};
 use crate::{CacheConfig, Error, Result};
@@ -17,6 +18,33 @@ pub struct Tiers {
     pub of: BlockType,
     /// Bytes of RAM for blocks that are in use. What one chunk reads in one layer is in RAM at once, whatever this says.
     pub ram: usize,
+    /// Which landmarks are scored.
+    pub scoring: Scoring,
+}
+
+/// Which landmarks are scored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Scoring {
+    /// All.
+    #[default]
+    Exact,
+    /// Of texts of more than 2048 blocks those that an index finds, where each token and head chooses for itself. Other selections need all.
+    Index,
+    /// The same, and all are scored too, to measure what the index misses.
+    IndexMeasured,
+}
+
+/// What an index found of what all landmarks would have given.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Recall {
+    /// Queries, over tokens, heads and layers.
+    pub queries: u64,
+    /// Their sum of the softmax mass of the blocks that the index chose, by that of the best blocks; at most 1 each.
+    pub mass: f64,
+    /// Blocks that it chose and that are among the best.
+    pub found: u64,
+    /// Blocks that it chose.
+    pub chosen: u64,
 }
 
 /// The finished blocks of all layers.
@@ -27,6 +55,10 @@ pub struct Paged {
     /// Landmark keys `[batch, kv_heads, capacity, head_dim]` of each layer.
     landmarks: Vec<Ring<1>>,
     frames: Frames,
+    scoring: Scoring,
+    /// Of each layer, if there is one.
+    index: Vec<Index>,
+    recall: Recall,
     /// The blocks that are cached, oldest first, by their numbers; `None`: the newest of all, so many as are cached.
     numbers: Option<Vec<u32>>,
     /// Checksums of the units of all blocks that are on disk, and where they are.
@@ -58,6 +90,14 @@ impl Paged {
             heads,
             landmarks: (0..config.layers).map(ring).collect::<Result<_>>()?,
             frames: Frames::new(shape.units(), codec.elements(), tiers.ram),
+            scoring: tiers.scoring,
+            index: match tiers.scoring {
+                // Blocks that go would have to go from the lists.
+                _ if config.selection != Selection::PerTokenAndHead || config.max_blocks.is_some() => vec![],
+                Scoring::Exact => vec![],
+                _ => (0..config.layers).map(|_| Index::new(shape.heads, head_dim, config.top_k)).collect(),
+            },
+            recall: Recall::default(),
             numbers: None,
             disk: disk.map(|disk| (disk, Vec::new())),
             written: 0,
@@ -160,6 +200,7 @@ impl Paged {
     /// Forgets all blocks, but for those on disk nothing is kept of the text.
     pub fn clear(&mut self) {
         self.landmarks.iter_mut().for_each(Ring::clear);
+        self.index.iter_mut().for_each(Index::clear);
         self.frames.forget_from(0);
         self.pending.clear();
         self.records.clear();
@@ -207,6 +248,103 @@ impl Paged {
             numbers.extend(records.iter().map(|record| record.number as u32));
         }
         self.records.extend(records);
+        Ok(())
+    }
+
+    /// What the index found, as far as it was measured.
+    pub fn recall(&self) -> Recall {
+        self.recall
+    }
+
+    /// The best blocks of a layer, as [`retrieval::select`] says it.
+    pub fn select(
+        &mut self,
+        layer: usize,
+        queries: SlotQueries,
+        lengths: Option<&[u32]>,
+        top_k: usize,
+        selection: Selection,
+    ) -> Result<Tensor> {
+        let exact = |paged: &Self| {
+            paged.with_blocks(layer, lengths, |blocks| retrieval::select(queries, blocks, top_k, selection))
+        };
+        if self.index.is_empty() || self.len() < FROM_BLOCKS {
+            return Ok(exact(self)?);
+        }
+        self.extend_index(layer)?;
+        let lists = self.index[layer].lists();
+        let find = |blocks: Blocks| retrieval::select_in_lists(queries, blocks, top_k, &lists, PROBES);
+        let found = self.with_blocks(layer, lengths, find)?;
+        if self.scoring == Scoring::IndexMeasured {
+            let best = exact(self)?;
+            self.measure(layer, queries, lengths, &found, &best)?;
+        }
+        Ok(found)
+    }
+
+    /// The index as a file, if it is in use: all landmarks that there are in it.
+    pub fn encode_index(&mut self) -> Result<Option<Vec<u8>>> {
+        if self.index.is_empty() || self.len() < FROM_BLOCKS {
+            return Ok(None);
+        }
+        (0..self.shape.layers).try_for_each(|layer| self.extend_index(layer))?;
+        Ok(Some(index::encode(&self.index)))
+    }
+
+    /// Takes over an index from a file; whether it is one of these landmarks.
+    pub fn restore_index(&mut self, bytes: &[u8]) -> bool {
+        let Some(like) = self.index.first() else { return true };
+        match index::decode(bytes, self.shape.layers, like, self.len()) {
+            Some(read) => {
+                self.index = read;
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Takes the layer's blocks into its index that are not there yet.
+    fn extend_index(&mut self, layer: usize) -> Result<()> {
+        let (len, d) = (self.len(), self.shape.codec.head_dim);
+        let [landmarks] = self.landmarks[layer].tensors();
+        if self.index[layer].len() == len {
+            return Ok(());
+        }
+        let capacity = landmarks.dims()[2];
+        let (storage, layout) = landmarks.storage_and_layout();
+        let Storage::Cpu(storage) = &*storage else {
+            return Err(candle_core::Error::Msg("an index needs landmarks on the CPU".into()).into());
+        };
+        let keys = &storage.as_slice::<f32>()?[layout.start_offset()..];
+        self.index[layer].extend(len, |head, block| &keys[(head * capacity + block) * d..][..d]);
+        Ok(())
+    }
+
+    /// Compares what the index found with the best.
+    fn measure(
+        &mut self,
+        layer: usize,
+        queries: SlotQueries,
+        lengths: Option<&[u32]>,
+        found: &Tensor,
+        best: &Tensor,
+    ) -> Result<()> {
+        let mut lse = Vec::new();
+        for chosen in [found, best] {
+            self.promote(layer, chosen)?;
+            let attend = |blocks: Blocks| retrieval::attend(queries, blocks, chosen);
+            let retrieved = self.with_blocks(layer, lengths, attend)?;
+            lse.push(retrieved.lse.flatten_all()?.to_vec1::<f32>()?);
+        }
+        let k = found.dims()[3];
+        let rows = |chosen: &Tensor| chosen.flatten_all()?.to_vec1::<u32>();
+        let (found, best) = (rows(found)?, rows(best)?);
+        for (i, (found, best)) in found.chunks_exact(k).zip(best.chunks_exact(k)).enumerate() {
+            self.recall.queries += 1;
+            self.recall.mass += f64::from(lse[0][i] - lse[1][i]).exp().min(1.);
+            self.recall.found += found.iter().filter(|block| best.contains(block)).count() as u64;
+            self.recall.chosen += k as u64;
+        }
         Ok(())
     }
 

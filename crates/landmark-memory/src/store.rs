@@ -103,8 +103,7 @@ impl BlockStore {
                 Ok((retrieval::attend(queries, blocks, &chosen)?, chosen))
             }
             Self::Paged(paged) => {
-                let select = |blocks: Blocks| retrieval::select(queries, blocks, top_k, selection);
-                let chosen = paged.with_blocks(layer, lengths, select)?;
+                let chosen = paged.select(layer, queries, lengths, top_k, selection)?;
                 paged.promote(layer, &chosen)?;
                 let attend = |blocks: Blocks| retrieval::attend(queries, blocks, &chosen);
                 Ok((paged.with_blocks(layer, lengths, attend)?, chosen))

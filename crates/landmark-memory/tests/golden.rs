@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
 use landmark_attention::{Pairs, Rope};
-use landmark_memory::{BlockType, CacheConfig, LandmarkCache, Selection, Tiers, XlCache};
+use landmark_memory::{BlockType, CacheConfig, LandmarkCache, Scoring, Selection, Tiers, XlCache};
 use landmark_models::gpt::{Gpt, GptConfig, SoftmaxFunc, Variant};
 
 fn golden(case: &str) -> HashMap<String, Tensor> {
@@ -106,7 +106,7 @@ fn check_cache(case: &str, top_k: usize, selection: Selection, max_blocks: usize
         if dtype == DType::F32 && device.is_cpu() {
             // From tiers come the same bits, whether a block in use finds room in RAM or not.
             for ram in [0, 20_000, 1 << 30] {
-                let tiers = Tiers { of: BlockType::F32, ram };
+                let tiers = Tiers { of: BlockType::F32, ram, scoring: Scoring::Exact };
                 let cache = LandmarkCache::in_tiers(config.clone(), rope(), tiers).unwrap();
                 let tiered = cached_logits(&model, cache, &ids, chunk);
                 assert_eq!(bits(&tiered), bits(&logits), "{case}: tiers with {ram} bytes of RAM");

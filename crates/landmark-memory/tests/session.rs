@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{Device, Tensor};
 use landmark_attention::{Attend, Pairs, Rope};
 use landmark_memory::session::{self, Session, Settings};
-use landmark_memory::{BlockType, CacheConfig, LandmarkCache, Selection, Tiers};
+use landmark_memory::{BlockType, CacheConfig, LandmarkCache, Scoring, Selection, Tiers};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
@@ -86,7 +86,7 @@ impl Twin {
     fn open(folder: &Path, ram: usize, chunks: Vec<Vec<u32>>) -> Self {
         let session = Session::open(folder).unwrap();
         assert!(session.notes().is_empty(), "{:?}", session.notes());
-        let (cache, _) = session.cache(config(), rope(), ram).unwrap();
+        let (cache, _) = session.cache(config(), rope(), ram, Scoring::Exact).unwrap();
         assert_eq!(session.tokens(), chunks.concat());
         Self { session, cache, chunks }
     }
@@ -221,7 +221,7 @@ fn fault(folder: &Path) -> Option<String> {
         Ok(session) => session,
         Err(error) => return Some(error.to_string()),
     };
-    let cache = session.cache(config(), rope(), 0);
+    let cache = session.cache(config(), rope(), 0, Scoring::Exact);
     let notes = session.notes().iter().chain(&session.verify()).cloned().collect::<Vec<_>>().join("; ");
     cache.err().map(|error| error.to_string()).or(Some(notes).filter(|notes| !notes.is_empty()))
 }
@@ -470,7 +470,7 @@ fn a_session_has_one_process_and_one_shape() {
     assert!(session::repair(&folder).unwrap_err().to_string().contains("in use"));
     assert!(session::delete(&folder).unwrap_err().to_string().contains("in use"));
     let other = CacheConfig { layers: 3, ..config() };
-    let error = session.cache(other, rope(), 0).unwrap_err().to_string();
+    let error = session.cache(other, rope(), 0, Scoring::Exact).unwrap_err().to_string();
     assert!(error.contains("as the blocks on disk"), "{error}");
     let error = Session::create(&folder, &config(), HEAD_DIM, SMALL, serde_json::Value::Null).unwrap_err().to_string();
     assert!(error.contains("there is something of this name already"), "{error}");
@@ -494,7 +494,7 @@ fn rounded_blocks_are_the_same_in_every_tier() {
         let folder = parent.path().join("s");
         create(&folder, Settings { block_type, ..SMALL });
         let mut twin = Twin::open(&folder, 0, vec![]);
-        let tiers = Tiers { of: block_type, ram: 1 << 20 };
+        let tiers = Tiers { of: block_type, ram: 1 << 20, scoring: Scoring::Exact };
         let mut memory = LandmarkCache::in_tiers(config(), rope(), tiers).unwrap();
         let mut exact = LandmarkCache::new(config(), rope(), candle_core::DType::F32, &Device::Cpu).unwrap();
         let mut off = 0f32;
@@ -512,4 +512,43 @@ fn rounded_blocks_are_the_same_in_every_tier() {
         }
         assert!(off > 0. && off < 0.1, "{block_type:?}: off by {off} in the mean");
     }
+}
+
+/// With an index: the same bits however often the session was left, from the file of the index or without it, and nearly the same blocks as exact
+/// scoring.
+#[test]
+fn an_index_is_the_same_after_every_return() {
+    let parent = tempfile::tempdir().unwrap();
+    let folder = parent.path().join("s");
+    create(&folder, Settings { blocks_per_segment: Some(500), ..SMALL });
+    let tiers = Tiers { of: BlockType::F32, ram: 1 << 20, scoring: Scoring::IndexMeasured };
+    let mut memory = LandmarkCache::in_tiers(config(), rope(), tiers).unwrap();
+    let open = || {
+        let session = Session::open(&folder).unwrap();
+        let (cache, _) = session.cache(config(), rope(), 100_000, Scoring::Index).unwrap();
+        (session, cache)
+    };
+    let (mut session, mut cache) = open();
+    // 2048 blocks of 4 tokens are exact; then there is an index.
+    for i in 0..240 {
+        let chunk = text(41 * i, 40);
+        let left = i >= 200 && i % 10 == 0;
+        let out = read(&mut cache, &chunk);
+        assert_eq!(bits(&out), bits(&read(&mut memory, &chunk)), "chunk {i}");
+        session.commit(&mut cache, &chunk, &[], None, left).unwrap();
+        if left {
+            assert_eq!(folder.join("index").exists(), session.status().blocks >= 2048, "chunk {i}");
+            if i % 20 == 0 {
+                let _ = fs::remove_file(folder.join("index"));
+            }
+            drop((session, cache));
+            (session, cache) = open();
+        }
+    }
+    let recall = memory.recall();
+    let mass = recall.mass / recall.queries as f64;
+    assert!(recall.queries > 5000 && mass > 0.9, "{recall:?}");
+    assert_eq!(session.verify(), Vec::<String>::new());
+    fs::write(folder.join("index"), [1; 100]).unwrap();
+    assert_eq!(session.verify(), ["the index is damaged: it is built again when the session is read"]);
 }

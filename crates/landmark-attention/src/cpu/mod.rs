@@ -13,6 +13,7 @@ mod dropout;
 
 mod forward;
 mod lanes;
+pub(crate) mod lists;
 mod product;
 pub(crate) mod retrieval;
 mod single;

@@ -7,8 +7,8 @@ use anyhow::{Context, bail};
 use candle_core::{Device, Tensor};
 use clap::ValueEnum;
 use landmark_data::Pretrained;
-use landmark_memory::LandmarkCache;
 use landmark_memory::session::{Session, Settings};
+use landmark_memory::{LandmarkCache, Recall, Scoring};
 use landmark_models::Model;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -36,6 +36,8 @@ pub struct About {
     pub mem_cache_freq: usize,
     pub mid_length: usize,
     pub rem_cutoff: Option<f64>,
+    /// Whether all landmarks are scored, and none through an index.
+    pub exact: bool,
 }
 
 /// Sessions are read on the CPU.
@@ -48,6 +50,7 @@ impl About {
         model: &Path,
         tokenizer: Option<&str>,
         flags: &CacheFlags,
+        exact: bool,
         settings: Settings,
     ) -> anyhow::Result<Self> {
         let path = super::checkpoint(model)?;
@@ -81,6 +84,7 @@ impl About {
             mem_cache_freq: config.mem_freq,
             mid_length,
             rem_cutoff: flags.rem_cutoff.or(outline.rem_cutoff),
+            exact,
         };
         Session::create(folder, &config, outline.head_dim, settings, serde_json::to_value(&about)?)?;
         Ok(about)
@@ -129,8 +133,15 @@ impl About {
     }
 }
 
-/// Opens a session and the model that read its text; blocks in use take at most `ram` bytes.
-pub fn open_session(folder: &Path, moved: Option<&Path>, ram: u64) -> anyhow::Result<(Session, Reader)> {
+/// Opens a session and the model that read its text, which may have `moved`; blocks in use take at most `ram` bytes. `exact`: all landmarks are scored,
+/// whatever the session is made for; `measured`: what an index misses is measured.
+pub fn open_session(
+    folder: &Path,
+    moved: Option<&Path>,
+    ram: u64,
+    exact: bool,
+    measured: bool,
+) -> anyhow::Result<(Session, Reader)> {
     let session = Session::open(folder)?;
     for note in session.notes() {
         eprintln!("{}: {note}", folder.display());
@@ -139,7 +150,15 @@ pub fn open_session(folder: &Path, moved: Option<&Path>, ram: u64) -> anyhow::Re
     let (model, pretrained) = about.load(moved)?;
     let (flags, outline) = (about.flags()?, model.outline());
     let config = memory::cache_config(&flags, &outline, 1)?;
-    let (cache, hidden) = session.cache(config, outline.rope.clone(), usize::try_from(ram)?)?;
+    let scoring = match (about.exact || exact, measured) {
+        (true, true) => {
+            bail!("--measure_recall is refused: all landmarks are scored, and there is no index to measure")
+        }
+        (true, false) => Scoring::Exact,
+        (false, true) => Scoring::IndexMeasured,
+        (false, false) => Scoring::Index,
+    };
+    let (cache, hidden) = session.cache(config, outline.rope.clone(), usize::try_from(ram)?, scoring)?;
     let tokenizer = pretrained.tokenizer;
     if let Some(token) = session.tokens().iter().find(|&&token| token as usize >= outline.vocab_size) {
         bail!("{}: token {token} is none of the model's", folder.display());
@@ -185,6 +204,18 @@ impl Reader {
         };
         let cache = self.memory.caches_mut().next().context("a session's reader has a cache")?;
         Ok(session.commit(cache, tokens, &hidden, append_from, last)?)
+    }
+
+    /// What the index found of what all landmarks would have given, as a line for people; nothing if it was not measured.
+    pub fn recall_line(&self) -> Option<String> {
+        let Recall { queries, mass, found, chosen } = self.memory.caches().next()?.recall();
+        (queries > 0).then(|| {
+            format!(
+                "index: {:.2} % of the retrieved softmax mass, {:.2} % of the blocks, over {queries} queries",
+                100. * mass / queries as f64,
+                100. * found as f64 / chosen as f64
+            )
+        })
     }
 
     /// How often a head's block was brought into RAM, and how often it was there.

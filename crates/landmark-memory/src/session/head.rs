@@ -112,7 +112,7 @@ impl Head {
     pub fn write(&self, folder: &Path) -> Result<()> {
         let session = serde_json::to_string(self).expect("a head has no keys but strings");
         let text = format!("{BEFORE}{}{BETWEEN}{session}}}", checksum_of(&session));
-        super::replace(&folder.join(NAME), text.as_bytes())
+        super::folder::replace(&folder.join(NAME), text.as_bytes())
     }
 }
 

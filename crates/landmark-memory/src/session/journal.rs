@@ -98,7 +98,7 @@ fn header(lineage: u64) -> [u8; HEADER] {
 /// Writes a journal of one record, in place of another.
 pub fn create(folder: &Path, lineage: u64, commit: &Commit) -> Result<()> {
     let path = folder.join(NAME);
-    super::replace(&path, &[&header(lineage)[..], &commit.encode()].concat())
+    super::folder::replace(&path, &[&header(lineage)[..], &commit.encode()].concat())
 }
 
 /// All records.

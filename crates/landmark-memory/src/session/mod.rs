@@ -7,6 +7,7 @@
 //! | `tokens` | the text's tokens, 4 bytes each, little endian |
 //! | `tail-0`, `tail-1`, `tail-2` | the unfinished block (`tail`); one of them counts |
 //! | `journal` | how much of all that counts (`journal`) |
+//! | `index` | an index of the landmarks of a long text (`index`) |
 //! | `lock` | who has the session |
 //!
 //! A chunk is appended in this order: blocks, tokens and the unfinished block are written where nothing counts yet, then a record is added to the
@@ -14,6 +15,7 @@
 //! every few seconds and at the end (`synced` records): if the machine itself stops, what is after such a record is compared with its
 //! checksums, and the session goes back to it if something is missing.
 
+mod folder;
 mod head;
 mod journal;
 mod lock;
@@ -30,10 +32,11 @@ use landmark_attention::Rope;
 use crate::cache::LandmarkCache;
 use crate::codec::{BlockType, Codec};
 use crate::config::CacheConfig;
-use crate::paged::{Paged, Tiers};
+use crate::paged::{Paged, Scoring, Tiers};
 use crate::segments::{self, Segments, Shape};
 use crate::store::BlockStore;
 use crate::{Error, Result};
+use folder::{build, copy, remove, replace, sync_folder};
 use head::Head;
 use journal::Commit;
 use lock::Lock;
@@ -41,6 +44,7 @@ pub use repair::{Repair, repair};
 use tail::Tail;
 
 const TOKENS: &str = "tokens";
+const INDEX: &str = "index";
 /// How long, and how much, what is written may wait for the disk.
 const SYNC_TIME: Duration = Duration::from_secs(5);
 const SYNC_BYTES: u64 = 256 << 20;
@@ -199,9 +203,15 @@ impl Session {
     ///
     /// # Errors
     /// A cache of another shape than the session was made for; a file that is damaged.
-    pub fn cache(&self, config: CacheConfig, rope: Rope, ram: usize) -> Result<(LandmarkCache, Option<Vec<f32>>)> {
+    pub fn cache(
+        &self,
+        config: CacheConfig,
+        rope: Rope,
+        ram: usize,
+        scoring: Scoring,
+    ) -> Result<(LandmarkCache, Option<Vec<f32>>)> {
         config.check()?;
-        let tiers = Tiers { of: self.shape.codec.of, ram };
+        let tiers = Tiers { of: self.shape.codec.of, ram, scoring };
         let segments = Segments::new(&self.folder, self.shape);
         let mut paged = Paged::new(&config, rope.head_dim(), tiers, Some(segments))?;
         let mut blocks = Vec::new();
@@ -219,6 +229,10 @@ impl Session {
             blocks.push((record.start as usize, tokens.len() as u32));
             Ok(())
         })?;
+        // Without it, or with another text's, it is built again.
+        if let Ok(bytes) = fs::read(self.folder.join(INDEX)) {
+            paged.restore_index(&bytes);
+        }
         let tail = self.read_tail()?;
         let finished_tokens = self.tokens.len().checked_sub(tail.tokens());
         let Some(finished_tokens) = finished_tokens else {
@@ -287,6 +301,10 @@ impl Session {
                 let _ = fs::remove_file(self.folder.join(tail_name(other)));
             }
         }
+        // The text is safe; what the index costs to build again is time.
+        if last && let Some(bytes) = paged.encode_index()? {
+            let _ = replace(&self.folder.join(INDEX), &bytes);
+        }
         Ok(())
     }
 
@@ -342,6 +360,9 @@ impl Session {
             }
             copy(&self.folder.join(TOKENS), &new.join(TOKENS), 4 * self.last.tokens)?;
             copy(&self.folder.join(tail_name(self.last.tail)), &new.join(tail_name(0)), self.last.tail_len)?;
+            if let Ok(bytes) = fs::read(self.folder.join(INDEX)) {
+                replace(&new.join(INDEX), &bytes)?;
+            }
             self.head.write(new)?;
             let commit = Commit { number: 0, tail: 0, synced: true, time: now(), ..self.last };
             journal::create(new, self.shape.lineage, &commit)
@@ -372,7 +393,15 @@ impl Session {
 
     /// Reads everything and compares it with its checksums: what is damaged, in words.
     pub fn verify(&self) -> Vec<String> {
-        repair::examine(&self.folder, &self.head, &self.shape, &self.last).damage
+        let mut damage = repair::examine(&self.folder, &self.head, &self.shape, &self.last).damage;
+        let is_whole = |bytes: &[u8]| {
+            let parts = bytes.split_last_chunk::<4>();
+            parts.is_some_and(|(body, crc)| crc32c::crc32c(body) == u32::from_le_bytes(*crc))
+        };
+        if fs::read(self.folder.join(INDEX)).is_ok_and(|bytes| !is_whole(&bytes)) {
+            damage.push("the index is damaged: it is built again when the session is read".into());
+        }
+        damage
     }
 
     fn dropped(&self) -> Vec<u32> {
@@ -485,94 +514,4 @@ fn random() -> u64 {
     let mut hasher = std::collections::hash_map::RandomState::new().build_hasher();
     hasher.write_u64(now());
     hasher.finish()
-}
-
-/// Writes a file beside, and puts it in the place of another once it is on the disk.
-fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let beside = path.with_extension("tmp");
-    let write = || {
-        let mut file = File::create(&beside)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&beside, path)
-    };
-    write().map_err(Error::io("write", path))
-}
-
-/// Copies the first bytes of a file.
-fn copy(from: &Path, to: &Path, length: u64) -> Result<()> {
-    let copy = || {
-        fs::copy(from, to)?;
-        let file = OpenOptions::new().write(true).open(to)?;
-        file.set_len(length)?;
-        file.sync_all()
-    };
-    copy().map_err(Error::io("copy", from))
-}
-
-#[cfg(unix)]
-fn sync_folder(folder: &Path) -> Result<()> {
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(Error::io("write", folder))
-}
-
-/// Elsewhere folders cannot be waited for.
-#[cfg(not(unix))]
-fn sync_folder(_: &Path) -> Result<()> {
-    Ok(())
-}
-
-/// Makes a folder beside with `fill`, and gives it its name when it is whole.
-fn build(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let refuse = |reason: &str| Err(Error::Session { path: folder.to_path_buf(), reason: reason.into() });
-    if folder.symlink_metadata().is_ok() {
-        return refuse("there is something of this name already");
-    }
-    let Some(name) = folder.file_name().and_then(|name| name.to_str()) else {
-        return refuse("a session's folder needs a name of its own, in UTF-8");
-    };
-    let parent = folder.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let beside = parent.join(format!(".{name}.tmp"));
-    let make = || {
-        fs::create_dir_all(parent)?;
-        fs::create_dir(&beside)
-    };
-    match make() {
-        // Of a process that did not come to its end.
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-            remove(&beside)?;
-            fs::create_dir(&beside).map_err(Error::io("make", &beside))?;
-        }
-        made => made.map_err(Error::io("make", &beside))?,
-    }
-    let filled = fill(&beside).and_then(|()| {
-        sync_folder(&beside)?;
-        fs::rename(&beside, folder).map_err(Error::io("make", folder))?;
-        sync_folder(parent)
-    });
-    if filled.is_err() {
-        let _ = remove(&beside);
-    }
-    filled
-}
-
-/// Removes a session's files, the head first, and its folder if nothing else is in it.
-fn remove(folder: &Path) -> Result<()> {
-    let entries = fs::read_dir(folder).map_err(Error::io("read", folder))?;
-    let is_ours = |name: &str| {
-        let plain = [head::NAME, journal::NAME, lock::NAME, TOKENS, "tail-0", "tail-1", "tail-2"];
-        let stem = name.strip_suffix(".tmp").unwrap_or(name);
-        let stem = if stem == "session" { head::NAME } else { stem };
-        let number = stem.strip_prefix("blocks-").map(|rest| rest.trim_end_matches(".seg").trim_end_matches(".idx"));
-        plain.contains(&stem)
-            || number.is_some_and(|number| number.len() >= 6 && number.bytes().all(|b| b.is_ascii_digit()))
-    };
-    let mut names: Vec<_> = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
-    names.retain(|name| is_ours(name));
-    // Without it, it is no session any more, however far this comes.
-    names.sort_by_key(|name| name != head::NAME);
-    for name in names {
-        let path = folder.join(name);
-        fs::remove_file(&path).map_err(Error::io("remove", &path))?;
-    }
-    fs::remove_dir(folder).map_err(Error::io("remove", folder))
 }

@@ -5,11 +5,12 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
+use super::folder::{replace, sync_folder};
 use super::head::{self, Head};
 use super::journal::{self, Commit};
 use super::lock::Lock;
 use super::tail::Tail;
-use super::{TOKENS, crc_of, now, read_tail, replace, tail_name};
+use super::{INDEX, TOKENS, crc_of, now, read_tail, tail_name};
 use crate::segments::{Segments, Shape};
 use crate::{Error, Result};
 
@@ -131,8 +132,10 @@ pub fn repair(folder: &Path) -> Result<Repair> {
         damage.push(format!("the text's last {lost} tokens are dropped: it ends with token {end}"));
     }
     repaired.tokens_crc = crc_of(0, &tokens);
+    // It counts blocks that may not be there any more.
+    let _ = std::fs::remove_file(folder.join(INDEX));
     head.write(folder)?;
     journal::create(folder, shape.lineage, &repaired)?;
-    super::sync_folder(folder)?;
+    sync_folder(folder)?;
     Ok(Repair { damage, dropped })
 }

@@ -45,8 +45,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         bail!("--max_tokens 0: expected at least 1");
     }
     let mut source = Source::open(&args)?;
-    let (mut session, mut reader) =
-        open_session(&args.opening.session, args.opening.checkpoint.as_deref(), args.opening.ram)?;
+    let Opening { session: folder, checkpoint, ram, measure_recall } = &args.opening;
+    let (mut session, mut reader) = open_session(folder, checkpoint.as_deref(), *ram, false, *measure_recall)?;
     source.check(&reader)?;
     let from = match session.append_from().filter(|_| !args.new_text) {
         Some(from) => from,
@@ -88,6 +88,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         grouped(session.status().blocks as usize),
         100. * found as f64 / (loaded + found).max(1) as f64
     );
+    if let Some(line) = reader.recall_line() {
+        eprintln!("{line}");
+    }
     Ok(exit)
 }
 

@@ -29,6 +29,9 @@ pub struct Args {
     /// Print which blocks the generated text read most, with their words
     #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "5")]
     show_blocks: Option<usize>,
+    /// Score all landmarks, and none through an index
+    #[arg(long)]
+    exact: bool,
     /// Print the answer, and the blocks with --show_blocks, as one line of JSON
     #[arg(long)]
     json: bool,
@@ -43,8 +46,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     let begun = Instant::now();
     args.sampling.check()?;
-    let Opening { session: folder, checkpoint, ram } = &args.opening;
-    let (mut session, mut reader) = open_session(folder, checkpoint.as_deref(), *ram)?;
+    let Opening { session: folder, checkpoint, ram, measure_recall } = &args.opening;
+    let (mut session, mut reader) = open_session(folder, checkpoint.as_deref(), *ram, args.exact, *measure_recall)?;
     let mut sampler = Sampler::new(&args.sampling, reader.sampling())?;
     if args.keep && session.append_from().is_some() {
         bail!("--keep is refused: a text was cut short in its appending; append it to its end first");
@@ -85,6 +88,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
         other => other?,
     };
+    // From the first to the last.
+    let others = (new.len() - prompt).saturating_sub(1);
+    let per_token = first.filter(|_| others > 0).map(|first| (begun.elapsed() - first).as_secs_f64() / others as f64);
     let rest = decoder.finish()?;
     let all = [session.tokens(), &new].concat();
     if args.keep {
@@ -101,6 +107,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         let mut answer = json!({
             "answer": text + &rest, "tokens": new.len() - prompt, "session_tokens": session.tokens().len(),
             "seconds_to_first_token": first.map(|time| time.as_secs_f64()), "kept": args.keep,
+            "milliseconds_per_token": per_token.map(|time| 1e3 * time),
         });
         if args.show_blocks.is_some() {
             answer["blocks"] = blocks.collect::<anyhow::Result<_>>()?;
@@ -111,6 +118,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         if let Some(count) = args.show_blocks {
             write!(out, "\n{}", most_read(&reader, &all, count, &(0..0))?)?;
         }
+    }
+    if let Some(line) = reader.recall_line() {
+        eprintln!("{line}");
     }
     Ok(if interrupt::requested() { ExitCode::from(interrupt::EXIT_CODE) } else { ExitCode::SUCCESS })
 }

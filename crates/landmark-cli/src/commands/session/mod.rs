@@ -67,6 +67,9 @@ pub struct Opening {
     /// RAM for blocks that are in use, such as 500MB or 2GiB; what one chunk reads in one layer is in RAM at least
     #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "256MiB")]
     ram: u64,
+    /// Score all landmarks beside those that the index finds, and tell what it missed
+    #[arg(long)]
+    measure_recall: bool,
 }
 
 /// Flags of `landmark session create`.
@@ -88,6 +91,9 @@ struct Create {
     /// What the session may take of the disk, such as 20GB. Left out: what there is
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     disk: Option<u64>,
+    /// Score all landmarks, also of long texts, and none through an index
+    #[arg(long)]
+    exact: bool,
     #[command(flatten)]
     cache: CacheFlags,
 }
@@ -96,9 +102,9 @@ struct Create {
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.action {
         Action::Create(args) => {
-            let Create { session, checkpoint, tokenizer, block_dtype, disk, cache } = *args;
+            let Create { session, checkpoint, tokenizer, block_dtype, disk, exact, cache } = *args;
             let settings = Settings { block_type: block_dtype, disk_limit: disk, blocks_per_segment: None };
-            let about = About::create(&session, &checkpoint, tokenizer.as_deref(), &cache, settings)?;
+            let about = About::create(&session, &checkpoint, tokenizer.as_deref(), &cache, exact, settings)?;
             eprintln!(
                 "{}: reads with {}, {} tokens at a time, blocks in {}",
                 session.display(),

@@ -138,13 +138,14 @@ fn maps<const N: usize>(
                 None => Tensor::zeros((n, n_out), x.dtype(), x.device())?,
             };
             let dy_no = matrix(op, "dy", &dy, n, n_out)?;
-            // SAFETY: in all of these, live contiguous allocations of the sizes that were checked.
             let mut add_to_dx = |a, b| match wants_x {
+                // SAFETY: here and below, live contiguous allocations of the sizes that were checked.
                 true => unsafe { product(&device, a, b, dx_ni, so_far.replace(dx_ni.address)) },
                 false => Ok(()),
             };
             let weight_gradient = |dy, x, rows, cols| -> Result<Tensor> {
                 let dw = Fresh::new(&device, (rows, cols), DType::F32)?;
+                // SAFETY: as above.
                 unsafe { product(&device, dy, x, Matrix::new(dw.address, ElementType::F32, rows, cols), None)? };
                 Ok(dw.tensor())
             };
@@ -153,6 +154,7 @@ fn maps<const N: usize>(
             if let Some((a, b, low, r, scale)) = low {
                 let d_low = Fresh::new(&device, (n, *r), x.dtype())?;
                 let d_low_nr = Matrix::new(d_low.address, x_ni.dtype, n, *r);
+                // SAFETY: as above.
                 unsafe { product(&device, dy_no.times(*scale), matrix(op, "b", b, n_out, *r)?, d_low_nr, None)? };
                 add_to_dx(d_low_nr, matrix(op, "a", a, *r, n_in)?)?;
                 of_parameters.push(weight_gradient(d_low_nr.t(), x_ni, *r, n_in)?);
