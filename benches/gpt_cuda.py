@@ -87,6 +87,27 @@ def authors(folder, length):
     return model, lambda m, ids, targets: m(ids, targets=targets)["loss"]
 
 
+def timed(loss_of, optimizer, positions, clipped=None, warm=8, steps=40):
+    """Prints tokens a second of training steps, by their median, as a line of JSON; `clipped` are parameters whose gradients are clipped to 1."""
+
+    def step():
+        start = time.perf_counter()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = loss_of()
+        loss.backward()
+        if clipped:
+            nn.utils.clip_grad_norm_(clipped, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+        return time.perf_counter() - start
+
+    for _ in range(warm):
+        step()
+    seconds = statistics.median(step() for _ in range(steps))
+    print(json.dumps({"tokens_per_second": positions / seconds}), flush=True)
+
+
 def measure(name, batch, length, folder):
     """One peer in this process: prints a line of JSON."""
     torch.set_float32_matmul_precision("high")
@@ -102,20 +123,7 @@ def measure(name, batch, length, folder):
     ids[:, MEM_FREQ :: MEM_FREQ + 1] = LANDMARK
     targets = torch.randint(0, 50000, (batch, length), device="cuda")
 
-    def step():
-        start = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = loss_of(run, ids, targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()
-        return time.perf_counter() - start
-
-    for _ in range(8):
-        step()
-    seconds = statistics.median(step() for _ in range(40))
-    print(json.dumps({"tokens_per_second": batch * length / seconds}), flush=True)
+    timed(lambda: loss_of(run, ids, targets), optimizer, batch * length)
 
 
 def ours(args, batch, length, folder):

@@ -16,10 +16,9 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 
 import torch
-from gpt_cuda import in_process
+from gpt_cuda import in_process, timed
 from torch import nn
 from torch.nn import functional as F
 
@@ -66,21 +65,7 @@ def measure(kind, batch, length):
     run = torch.compile(llama)
     ids = torch.randint(0, 49000, (batch, length), device="cuda")
 
-    def step():
-        start = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = run(input_ids=ids, labels=ids).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()
-        return time.perf_counter() - start
-
-    for _ in range(5):
-        step()
-    seconds = statistics.median(step() for _ in range(20))
-    print(json.dumps({"tokens_per_second": batch * length / seconds}), flush=True)
+    timed(lambda: run(input_ids=ids, labels=ids).loss, optimizer, batch * length, parameters, warm=5, steps=20)
 
 
 def ours(args, kind, batch, length, base, folder):

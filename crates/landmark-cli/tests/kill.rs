@@ -3,10 +3,13 @@
 
 #![cfg(unix)]
 
+mod support;
+
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+use support::random;
 
 const ITERATIONS: usize = 60;
 
@@ -50,17 +53,6 @@ fn kill(mut child: Child, experiment: &Path, in_a_save: bool, deeper: Duration) 
     child.kill().unwrap();
     child.wait().unwrap();
     ran
-}
-
-/// Not the best of random numbers, but other moments in each run of this test.
-fn random() -> impl FnMut() -> f64 {
-    let mut state = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64 | 1;
-    move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 11) as f64 / (1u64 << 53) as f64
-    }
 }
 
 #[test]

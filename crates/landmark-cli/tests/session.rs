@@ -2,11 +2,14 @@
 
 #![cfg(unix)]
 
+mod support;
+
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
+use support::{command, random, succeed};
 
 /// A folder with a trained model in `exps/text/landmark/e`, one of other weights in `other`, and texts.
 static MODEL: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
@@ -16,7 +19,7 @@ static MODEL: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
     let train = "train --dataset text --model landmark --n_embd 32 --n_head 2 --n_layer 2 --batch_size 4 --acc_steps 1 \
         --sequence_length 64 --mem_freq 7 --device cpu --exp_name";
     for arguments in [prepare, &format!("{train} e --iterations 30"), &format!("{train} other --iterations 2")] {
-        done(folder.path(), arguments);
+        succeed(folder.path(), arguments);
     }
     folder
 });
@@ -27,27 +30,12 @@ fn book() -> String {
     (0..400).map(|i| format!("Chapter {i}. It was a dark and stormy night. ")).collect()
 }
 
-fn command(folder: &Path, arguments: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_landmark"));
-    command.current_dir(folder).args(arguments.split_whitespace()).stdin(Stdio::null());
-    command
-}
-
-fn done(folder: &Path, arguments: &str) -> Output {
-    let output = command(folder, arguments).output().unwrap();
-    assert!(output.status.success(), "{arguments}: {}", String::from_utf8_lossy(&output.stderr));
-    output
-}
-
 fn text(arguments: &str) -> String {
-    String::from_utf8(done(MODEL.path(), arguments).stdout).unwrap()
+    succeed(MODEL.path(), arguments).0
 }
 
 fn error(arguments: &str) -> String {
-    let output = command(MODEL.path(), arguments).output().unwrap();
-    let text = String::from_utf8(output.stderr).unwrap();
-    assert_eq!((output.status.code(), text.lines().count()), (Some(1), 1), "{arguments}: {text}");
-    text
+    support::error(MODEL.path(), arguments)
 }
 
 fn json(arguments: &str) -> serde_json::Value {
@@ -167,17 +155,6 @@ fn what_does_not_fit_is_refused_with_the_reason() {
     assert_eq!(text("session export two/d --out -"), book()[..3000]);
     text("session append two/d --file short.txt --skip_tokens 100 --max_tokens 50");
     assert_eq!(text("session export two/d --out -"), book()[..3000].to_string() + &book()[100..150]);
-}
-
-/// Not the best of random numbers, but other moments in each run of this test.
-fn random() -> impl FnMut() -> f64 {
-    let mut state = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64 | 1;
-    move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 11) as f64 / (1u64 << 53) as f64
-    }
 }
 
 /// Starts a command and kills it after this time; whether it was still running.

@@ -24,11 +24,16 @@ pub fn prepared() -> tempfile::TempDir {
     folder
 }
 
-/// Runs `landmark` in a folder.
-pub fn landmark(folder: &Path, arguments: &str) -> Output {
+/// `landmark` in a folder.
+pub fn command(folder: &Path, arguments: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_landmark"));
     command.current_dir(folder).args(arguments.split_whitespace()).stdin(Stdio::null()).env_remove("WANDB_DIR");
-    command.output().unwrap()
+    command
+}
+
+/// Runs it.
+pub fn landmark(folder: &Path, arguments: &str) -> Output {
+    command(folder, arguments).output().unwrap()
 }
 
 /// The standard output and error of a command that must succeed.
@@ -45,4 +50,15 @@ pub fn error(folder: &Path, arguments: &str) -> String {
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!((output.status.code(), text.lines().count()), (Some(1), 1), "{arguments}: {text}");
     text
+}
+
+/// Not the best of random numbers, in [0, 1), but others in each run of a test.
+pub fn random() -> impl FnMut() -> f64 {
+    let mut state = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64 | 1;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) as f64 / (1u64 << 53) as f64
+    }
 }

@@ -148,7 +148,7 @@ mod portable {
 #[cfg(target_arch = "x86_64")]
 macro_rules! kernels {
     ($features:literal) => {
-        /// Scale and minimum. A product with the last two bytes of a block's halves, whichever they are, is not used where there is none.
+        /// Scale and minimum.
         #[target_feature(enable = $features)]
         fn scale_and_minimum<B: Block>(block: &[u8]) -> (f32, f32) {
             let half = |at: usize| i32::from(u16::from_le_bytes([block[at], block[at + 1]]));
