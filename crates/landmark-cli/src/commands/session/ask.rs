@@ -105,10 +105,12 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
                 "weight": read.weight, "text": words,
             }))
         });
+        let (loaded, found) = reader.loads();
         let mut answer = json!({
             "answer": text + &rest, "tokens": new.len() - prompt, "session_tokens": session.tokens().len(),
             "seconds_to_first_token": first.map(|time| time.as_secs_f64()), "kept": args.keep,
             "milliseconds_per_token": per_token.map(|time| 1e3 * time),
+            "units_loaded": loaded, "units_found": found,
         });
         if args.show_blocks.is_some() {
             answer["blocks"] = blocks.collect::<anyhow::Result<_>>()?;
