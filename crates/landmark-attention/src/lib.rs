@@ -29,6 +29,7 @@ mod cuda;
 mod error;
 pub mod outside;
 mod params;
+mod pool;
 pub mod reference;
 pub mod retrieval;
 mod rope;

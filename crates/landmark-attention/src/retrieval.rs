@@ -8,6 +8,7 @@ use candle_core::{DType, Device, Tensor};
 
 #[cfg(feature = "cuda")]
 use crate::cuda;
+pub use crate::pool::Pool;
 use crate::{Error, Result, cpu};
 
 /// How the blocks that a query reads are chosen from the landmarks' scores: the authors' `--cache_selection_method`.
@@ -55,6 +56,13 @@ pub enum Kept<'a> {
         /// Where each block is.
         frames: &'a dyn Frames,
     },
+    /// Those that are read in frames of a pool, on the device that computes.
+    Pool {
+        /// The pool.
+        pool: &'a Pool,
+        /// The frame of each chosen block, as `chosen` has them, `[batch, heads, time, k]`; what chooses needs none.
+        frames: &'a [u32],
+    },
 }
 
 /// Finds blocks that are each in memory of their own.
@@ -69,6 +77,7 @@ impl std::fmt::Debug for Kept<'_> {
         match self {
             Self::Ring { keys, .. } => write!(f, "Ring({:?})", keys.shape()),
             Self::Frames { block, .. } => write!(f, "Frames({block})"),
+            Self::Pool { pool, .. } => write!(f, "Pool({:?})", pool.tensors()[0].shape()),
         }
     }
 }
@@ -195,6 +204,17 @@ pub fn attend(queries: SlotQueries, blocks: Blocks, chosen: &Tensor) -> Result<R
         let expected = format!("{:?}, as the queries", queries.queries.device().location());
         return Err(Error::Device { op: OP, tensor: "chosen", got: chosen.device().location(), expected });
     }
+    if let Kept::Pool { pool, frames } = blocks.kept
+        && (frames.len() != chosen.elem_count() || frames.iter().any(|&frame| frame as usize >= pool.frames()))
+    {
+        let got = format!("{} up to {:?}", frames.len(), frames.iter().max());
+        return Err(Error::Param {
+            op: OP,
+            name: "frames",
+            got,
+            expected: "a frame of the pool for each chosen block",
+        });
+    }
     #[cfg(feature = "cuda")]
     if chosen.device().is_cuda() {
         return Ok(cuda::retrieval::attend(&shape, queries, blocks, chosen, k)?);
@@ -232,7 +252,7 @@ pub fn join(a: (&Tensor, &Tensor), b: (&Tensor, &Tensor)) -> Result<(Tensor, Ten
     let fits =
         a.0.rank() == 4 && a.0.dims() == b.0.dims() && a.1.dims() == b.1.dims() && a.1.dims() == &a.0.dims()[..3];
     if fits && tensors.iter().all(is_plain) && matches!(a.1.dtype(), DType::F32 | DType::F64) {
-        return Ok(cpu::retrieval::join(a, b)?);
+        return Ok(cpu::join::join(a, b)?);
     }
     // A query with nothing on either side keeps its zeros: the floor turns -inf - -inf into 0.
     let max = a.1.maximum(b.1)?.maximum(-1e30)?;
@@ -297,6 +317,10 @@ impl RetrievalShape {
                 }
                 block
             }
+            Kept::Pool { pool, .. } => match pool.tensors()[0].dims() {
+                &[_, block, d] if d == head_dim => block,
+                _ => return Err(shape("keys", pool.tensors()[0], format!("[frames, block, {head_dim}]"))),
+            },
         };
         if block < 2 {
             return Err(Error::Param { op, name: "block", got: block.to_string(), expected: "at least 2" });
@@ -316,6 +340,7 @@ impl RetrievalShape {
         }
         let kept = match blocks.kept {
             Kept::Ring { keys, values } => vec![("keys", keys), ("values", values)],
+            Kept::Pool { pool, .. } => ["keys", "values"].into_iter().zip(pool.tensors()).collect(),
             Kept::Frames { .. } => vec![],
         };
         for (tensor, x) in [("queries", q), ("landmarks", blocks.landmarks)].into_iter().chain(kept) {

@@ -160,6 +160,22 @@ fn adapters_are_trained_resumed_and_merged() {
     assert!(bytes("rounded") < bytes("whole") * 3 / 4);
     succeed(folder, &format!("{eval} rounded.json --checkpoint base --adapter rounded"));
     assert!((loss("rounded.json") - loss("beside.json")).abs() < 1e-2);
+    // In a session too, which knows the adapter again.
+    fs::write(folder.join("told.txt"), "Chapter 7. Call me Ishmael. ".repeat(20)).unwrap();
+    let answer = |create: &str, session: &str| {
+        let on = format!("{session} --device cpu");
+        succeed(folder, &format!("session create {session} --checkpoint {create} --device cpu"));
+        succeed(folder, &format!("session append {on} --file told.txt"));
+        succeed(folder, &format!("session ask {on} --prompt Call --temperature 0 --max_new_tokens 12")).0
+    };
+    assert_eq!(answer("base --adapter whole", "told"), answer("merged", "told-merged"));
+    fs::rename(folder.join("whole"), folder.join("moved")).unwrap();
+    let ask = "session ask told --prompt Call --device cpu --max_new_tokens 2";
+    assert!(support::error(folder, ask).contains("the session's adapter is not at"));
+    succeed(folder, &format!("{ask} --adapter moved"));
+    assert!(support::error(folder, &format!("{ask} --adapter rounded")).contains("is not the one that read"));
+    let error = support::error(folder, "session ask told-merged --prompt Call --adapter moved");
+    assert!(error.contains("the session's model has none"), "{error}");
     let error = support::error(folder, &format!("{eval} other.json --checkpoint base --adapter base"));
     assert!(error.contains("--adapter base") && error.contains("landmarks"), "{error}");
 }

@@ -30,12 +30,20 @@ fn book() -> String {
     (0..400).map(|i| format!("Chapter {i}. It was a dark and stormy night. ")).collect()
 }
 
+/// What reads with the model does it on the CPU, if no device is named.
+fn on_cpu(arguments: &str) -> String {
+    let reads =
+        ["session create", "session append", "session ask"].iter().any(|command| arguments.starts_with(command));
+    let device = if reads && !arguments.contains("--device") { " --device cpu" } else { "" };
+    format!("{arguments}{device}")
+}
+
 fn text(arguments: &str) -> String {
-    succeed(MODEL.path(), arguments).0
+    succeed(MODEL.path(), &on_cpu(arguments)).0
 }
 
 fn error(arguments: &str) -> String {
-    support::error(MODEL.path(), arguments)
+    support::error(MODEL.path(), &on_cpu(arguments))
 }
 
 fn json(arguments: &str) -> serde_json::Value {
@@ -112,6 +120,10 @@ fn what_does_not_fit_is_refused_with_the_reason() {
     assert!(error("session show two/a --text 0..9000").contains("the session has 3000 tokens"));
     fs::write(MODEL.path().join("empty.txt"), "").unwrap();
     assert!(error("session append two/a --file empty.txt").contains("the text is empty"));
+    let on_gpu = "session ask two/a --prompt It --gpu_memory 1GiB";
+    assert!(error(on_gpu).contains("--gpu_memory is refused: the session is read on the CPU"));
+    assert!(error("session ask two/a --prompt It --device cuda:1000").contains("--device cuda:1000: "));
+    assert!(error("session ask two/a --prompt It --adapter exps").contains("the session's model has none"));
     // Two processes: the second is told who has it.
     let lock = fs::OpenOptions::new().write(true).open(MODEL.path().join("two/a/lock")).unwrap();
     fs::write(MODEL.path().join("two/a/lock"), "process 1 (landmark session append)").unwrap();
@@ -137,7 +149,7 @@ fn what_does_not_fit_is_refused_with_the_reason() {
     assert!(json("session show two/c --json")["bytes"].as_u64().unwrap() <= 300_000);
     text(&format!("session create two/d {CREATE}"));
     let before = json("session show two/d --json")["tokens"].as_u64().unwrap();
-    let limited = "trap '' XFSZ; ulimit -f 300; exec \"$0\" session append two/d --file short.txt";
+    let limited = "trap '' XFSZ; ulimit -f 300; exec \"$0\" session append two/d --file short.txt --device cpu";
     let mut command = Command::new("sh");
     command.current_dir(MODEL.path()).args(["-c", limited, env!("CARGO_BIN_EXE_landmark")]);
     let output = command.output().unwrap();
@@ -157,9 +169,38 @@ fn what_does_not_fit_is_refused_with_the_reason() {
     assert_eq!(text("session export two/d --out -"), book()[..3000].to_string() + &book()[100..150]);
 }
 
+/// On a GPU a session answers as a cache in its memory, whatever is on the GPU and in RAM. Where there is none the test says so and checks nothing.
+#[test]
+fn on_a_gpu_a_session_answers_as_generate_does() {
+    fs::write(MODEL.path().join("start.txt"), &book()[..4000]).unwrap();
+    let on_gpu = "--device cuda --dtype float32";
+    let created = command(MODEL.path(), &format!("session create five/a {CREATE} {on_gpu}")).output().unwrap();
+    if !created.status.success() {
+        let error = String::from_utf8(created.stderr).unwrap();
+        assert!(error.contains("--device cuda:0"), "{error}");
+        eprintln!("skipped: {error}");
+        return;
+    }
+    text(&format!("session append five/a --file start.txt {on_gpu}"));
+    let go_on = "--prompt It --temperature 0 --max_new_tokens 40";
+    let expected = text(&format!("generate {CREATE} --file start.txt {go_on} {on_gpu}"));
+    for tiers in ["", "--gpu_memory 0", "--gpu_memory 0 --ram 0", "--gpu_memory 100kB --ram 1MB", "--show_blocks 1"] {
+        let answer = text(&format!("session ask five/a {go_on} {on_gpu} {tiers}"));
+        assert!(answer.starts_with(&expected), "{tiers}: {answer:?}, expected {expected:?}");
+    }
+    text(&format!("session ask five/a {go_on} {on_gpu} --keep --gpu_memory 50kB"));
+    assert!(json("session show five/a --json --verify")["tokens"].as_u64().unwrap() > 4002);
+    assert!(
+        error(&format!("session ask five/a {go_on} {on_gpu} --measure_recall")).contains("--measure_recall is refused")
+    );
+    // What was read on one device is there for the other.
+    text(&format!("session ask five/a {go_on}"));
+    text(&format!("session ask five/a {go_on} --device cuda"));
+}
+
 /// Starts a command and kills it after this time; whether it was still running.
 fn kill(folder: &Path, arguments: &str, after: Duration) -> bool {
-    let mut child = command(folder, arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut child = command(folder, &on_cpu(arguments)).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     std::thread::sleep(after);
     let ran = child.try_wait().unwrap().is_none();
     child.kill().unwrap();

@@ -28,7 +28,8 @@ use landmark_attention::{Attend, LandmarkParams, Rope, Rotation, landmark_attent
 use crate::config::CacheConfig;
 use crate::distances::Distances;
 use crate::layout::{Layout, block_sizes};
-use crate::paged::{Paged, Recall, Tiers};
+use crate::paged::{Paged, Recall, Scoring, Tiers};
+use crate::pooled::{PoolTier, Pooled};
 use crate::reads::Reads;
 use crate::store::BlockStore;
 use crate::{BlockRead, Error, Result};
@@ -83,6 +84,17 @@ impl LandmarkCache {
         config.check()?;
         let store = Paged::new(&config, rope.head_dim(), tiers, None)?;
         Ok(Self::with_store(config, rope, BlockStore::Paged(Box::new(store))))
+    }
+
+    /// The same with a pool on the device that computes, in the pool's dtype. All landmarks are scored there, whatever `tiers` says.
+    ///
+    /// # Errors
+    /// A setting outside its range, by name.
+    pub fn in_tiers_with_pool(config: CacheConfig, rope: Rope, tiers: Tiers, pool: PoolTier) -> Result<Self> {
+        config.check()?;
+        let paged = Paged::new(&config, rope.head_dim(), Tiers { scoring: Scoring::Exact, ..tiers }, None)?;
+        let store = Pooled::new(&config, paged, tiers.ram, pool, &[])?;
+        Ok(Self::with_store(config, rope, BlockStore::Pooled(Box::new(store))))
     }
 
     pub(crate) fn with_store(config: CacheConfig, rope: Rope, store: BlockStore) -> Self {
@@ -148,18 +160,20 @@ impl LandmarkCache {
         self.store.reserve(blocks)
     }
 
-    /// Of a cache in tiers: how often a head's block was brought into RAM, and how often it was there already, since the text began.
+    /// Of a cache in tiers: how often a head's block was brought into RAM (with a pool: into the pool), and how often it was there already, since the
+    /// text began.
     pub fn loads(&self) -> (u64, u64) {
         match &self.store {
             BlockStore::Rings(_) => (0, 0),
             BlockStore::Paged(paged) => paged.loads(),
+            BlockStore::Pooled(pooled) => pooled.loads(),
         }
     }
 
     /// What an index found of what all landmarks would have given, with [`crate::Scoring::IndexMeasured`].
     pub fn recall(&self) -> Recall {
         match &self.store {
-            BlockStore::Rings(_) => Recall::default(),
+            BlockStore::Rings(_) | BlockStore::Pooled(_) => Recall::default(),
             BlockStore::Paged(paged) => paged.recall(),
         }
     }

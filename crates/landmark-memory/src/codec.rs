@@ -5,7 +5,8 @@
 
 use std::str::FromStr;
 
-use half::bf16;
+use candle_core::DType;
+use half::{bf16, f16};
 
 /// Units begin at multiples of it.
 const ALIGNMENT: usize = 64;
@@ -121,6 +122,27 @@ impl Codec {
         }
     }
 
+    /// The same in the bytes of another type, f32, bf16 or f16, in the machine's byte order.
+    pub fn decode_as(self, dtype: DType, unit: &[u8], into: &mut [u8]) {
+        let is_stored = cfg!(target_endian = "little")
+            && matches!((self.of, dtype), (BlockType::F32, DType::F32) | (BlockType::BF16, DType::BF16));
+        if is_stored {
+            let length = into.len();
+            into.copy_from_slice(&unit[..length]);
+            return;
+        }
+        let mut numbers = vec![0.; self.head_dim];
+        for (row, into) in into.chunks_exact_mut(self.head_dim * dtype.size_in_bytes()).enumerate() {
+            self.decode_row(unit, row, &mut numbers);
+            let bytes = into.chunks_exact_mut(dtype.size_in_bytes()).zip(&numbers);
+            match dtype {
+                DType::BF16 => bytes.for_each(|(bytes, &x)| bytes.copy_from_slice(&bf16::from_f32(x).to_ne_bytes())),
+                DType::F16 => bytes.for_each(|(bytes, &x)| bytes.copy_from_slice(&f16::from_f32(x).to_ne_bytes())),
+                _ => bytes.for_each(|(bytes, x)| bytes.copy_from_slice(&x.to_ne_bytes())),
+            }
+        }
+    }
+
     /// The landmark's key.
     pub fn landmark(self, unit: &[u8], into: &mut [f32]) {
         self.decode_row(unit, self.block - 1, into);
@@ -154,6 +176,7 @@ impl Codec {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::{Device, Tensor};
 
     #[test]
     fn what_is_decoded_is_what_was_encoded_within_the_type() {
@@ -177,6 +200,14 @@ mod tests {
                     let off = (got - expected).abs();
                     assert!(off <= 1.001 * tolerance * largest, "{of:?}, row {row}: {got} is not {expected}");
                 }
+            }
+            for dtype in [DType::F32, DType::BF16, DType::F16] {
+                let mut bytes = vec![1; codec.elements() * dtype.size_in_bytes()];
+                codec.decode_as(dtype, &unit, &mut bytes);
+                let got = Tensor::from_raw_buffer(&bytes, dtype, &[codec.elements()], &Device::Cpu).unwrap();
+                let expected = Tensor::new(&decoded[..], &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+                let numbers = |x: &Tensor| x.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
+                assert_eq!(numbers(&got), numbers(&expected), "{of:?} as {dtype:?}");
             }
             let mut landmark = vec![0.; head_dim];
             codec.landmark(&unit, &mut landmark);

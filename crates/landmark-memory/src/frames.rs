@@ -1,4 +1,5 @@
-//! The RAM tier: decoded units, as many as a budget allows, found in O(1) and given up by the clock algorithm.
+//! Frames of a tier: units, as many as a budget allows, found in O(1) and given up by the clock algorithm. In RAM they are decoded or encoded; on
+//! the device that computes they are places of a pool.
 
 use crate::Result;
 
@@ -11,13 +12,51 @@ pub struct UnitId {
     pub unit: usize,
 }
 
+/// What a frame holds a unit in.
+pub trait Buffer: Default {
+    /// Bytes of an element.
+    const ELEMENT: usize;
+
+    /// For so many elements, in the frame of this number.
+    fn new(elements: usize, frame: usize) -> Self;
+}
+
+/// Decoded: keys, then values.
+impl Buffer for Box<[f32]> {
+    const ELEMENT: usize = 4;
+
+    fn new(elements: usize, _: usize) -> Self {
+        vec![0.; elements].into_boxed_slice()
+    }
+}
+
+/// Encoded.
+impl Buffer for Box<[u8]> {
+    const ELEMENT: usize = 1;
+
+    fn new(elements: usize, _: usize) -> Self {
+        vec![0; elements].into_boxed_slice()
+    }
+}
+
+/// In a pool, whose frames have the same numbers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Place(pub u32);
+
+impl Buffer for Place {
+    const ELEMENT: usize = 1;
+
+    fn new(_: usize, frame: usize) -> Self {
+        Self(frame as u32)
+    }
+}
+
 /// A unit to be loaded, and its buffer.
-pub type Job = (UnitId, Box<[f32]>);
+pub type Job<B = Box<[f32]>> = (UnitId, B);
 
 #[derive(Debug)]
-struct Frame {
-    /// Keys, then values.
-    data: Box<[f32]>,
+struct Frame<B> {
+    data: B,
     owner: Option<UnitId>,
     /// Used since the clock's hand came by.
     used: bool,
@@ -28,10 +67,10 @@ struct Frame {
 /// Frames for units of one size. A call of [`Frames::hold`] may need more of them than the budget allows: then there are as many until the next
 /// call.
 #[derive(Debug)]
-pub struct Frames {
+pub struct Frames<B = Box<[f32]>> {
     elements: usize,
     budget: usize,
-    frames: Vec<Frame>,
+    frames: Vec<Frame<B>>,
     free: Vec<u32>,
     /// For each unit the frame of each block, plus 1; 0: none.
     tables: Vec<Vec<u32>>,
@@ -42,9 +81,16 @@ pub struct Frames {
 }
 
 impl Frames {
+    /// Keys and values of a unit, if it is in a frame.
+    pub fn get(&self, unit: usize, record: usize) -> Option<[&[f32]; 2]> {
+        Some(self.buffer(unit, record)?.split_at(self.elements / 2).into())
+    }
+}
+
+impl<B: Buffer> Frames<B> {
     /// No frames, for `units` units of so many elements a block, in at most so many bytes.
     pub fn new(units: usize, elements: usize, bytes: usize) -> Self {
-        let budget = bytes / (4 * elements);
+        let budget = bytes / (B::ELEMENT * elements);
         Self {
             elements,
             budget,
@@ -60,7 +106,7 @@ impl Frames {
 
     /// Bytes of memory that frames take.
     pub fn bytes(&self) -> usize {
-        self.frames.len() * 4 * self.elements
+        self.frames.len() * B::ELEMENT * self.elements
     }
 
     /// Units that were loaded, and that were there already.
@@ -68,10 +114,10 @@ impl Frames {
         (self.loaded, self.found)
     }
 
-    /// Keys and values of a unit, if it is in a frame.
-    pub fn get(&self, unit: usize, record: usize) -> Option<[&[f32]; 2]> {
+    /// What holds a unit, if it is in a frame.
+    pub fn buffer(&self, unit: usize, record: usize) -> Option<&B> {
         let frame = self.tables[unit].get(record).copied().filter(|&frame| frame > 0)?;
-        Some(self.frames[frame as usize - 1].data.split_at(self.elements / 2).into())
+        Some(&self.frames[frame as usize - 1].data)
     }
 
     /// Sees to it that all these units are in frames, sorted and each once. `load` reads units that are not: it is given those of
@@ -79,7 +125,7 @@ impl Frames {
     ///
     /// # Errors
     /// What `load` fails with; then none of its units is in a frame.
-    pub fn hold(&mut self, units: &[UnitId], load: impl FnOnce(&mut [Job]) -> Result<()>) -> Result<()> {
+    pub fn hold(&mut self, units: &[UnitId], load: impl FnOnce(&mut [Job<B>]) -> Result<()>) -> Result<()> {
         self.shrink();
         self.epoch += 1;
         let mut missing = Vec::new();
@@ -99,8 +145,8 @@ impl Frames {
         }
         let places: Vec<u32> = missing.iter().map(|_| self.take_frame()).collect();
         let buffer = |&place: &u32| std::mem::take(&mut self.frames[place as usize].data);
-        let buffers: Vec<Box<[f32]>> = places.iter().map(buffer).collect();
-        let mut jobs: Vec<Job> = missing.into_iter().zip(buffers).collect();
+        let buffers: Vec<B> = places.iter().map(buffer).collect();
+        let mut jobs: Vec<Job<B>> = missing.into_iter().zip(buffers).collect();
         let loaded = load(&mut jobs);
         for ((id, data), place) in jobs.into_iter().zip(places) {
             let frame = &mut self.frames[place as usize];
@@ -148,7 +194,7 @@ impl Frames {
     }
 
     fn grow(&mut self) -> usize {
-        let data = vec![0.; self.elements].into_boxed_slice();
+        let data = B::new(self.elements, self.frames.len());
         self.frames.push(Frame { data, owner: None, used: false, epoch: 0 });
         self.frames.len() - 1
     }
@@ -207,7 +253,7 @@ mod tests {
             budget in 0usize..8,
             calls in proptest::collection::vec((proptest::collection::btree_set((0usize..12, 0usize..3), 0..12), 0u8..8), 1..30),
         ) {
-            let mut frames = Frames::new(3, 4, budget * 16);
+            let mut frames: Frames = Frames::new(3, 4, budget * 16);
             for (units, kind) in calls {
                 let units: Vec<UnitId> = units.into_iter().map(|(record, unit)| UnitId { record, unit }).collect();
                 let mut loads = 0;
@@ -239,7 +285,7 @@ mod tests {
 
     #[test]
     fn what_is_used_stays() {
-        let mut frames = Frames::new(1, 2, 3 * 8);
+        let mut frames: Frames = Frames::new(1, 2, 3 * 8);
         let hold = |frames: &mut Frames, record| {
             let mut loads = 0;
             let id = UnitId { record, unit: 0 };

@@ -348,6 +348,27 @@ impl Paged {
         Ok(())
     }
 
+    /// What decides the sizes of units.
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// An encoded unit, if it is in memory because it is not written yet.
+    pub fn unwritten(&self, UnitId { record, unit }: UnitId) -> Option<&[u8]> {
+        let (size, units) = (self.shape.codec.unit(), self.shape.units());
+        let at = record.checked_sub(self.written)?;
+        self.pending.get((at * units + unit) * size..)?.get(..size)
+    }
+
+    /// Reads `units` of a block that is written, side by side, encoded.
+    pub fn read(&self, record: usize, units: std::ops::Range<usize>, bytes: &mut Vec<u8>) -> Result<()> {
+        let Some((segments, crcs)) = &self.disk else {
+            return Err(candle_core::Error::Msg(format!("block {record} is neither in memory nor on disk")).into());
+        };
+        let crcs = &crcs[record * self.shape.units()..][units.clone()];
+        segments.read(record, units, crcs, bytes)
+    }
+
     /// Sees to it that the chosen blocks of a layer are in RAM; `chosen` u32 `[batch, heads, time, k]` counts from the oldest.
     pub fn promote(&mut self, layer: usize, chosen: &Tensor) -> Result<()> {
         let (batch, heads, time, k) = chosen.dims4()?;

@@ -1,9 +1,10 @@
-//! Where the finished blocks of a text are: in memory, or in tiers of memory and disk.
+//! Where the finished blocks of a text are: in memory, or in tiers of memory and disk, perhaps below a pool on the device that computes.
 
 use candle_core::{DType, Device, Tensor};
 use landmark_attention::retrieval::{self, Blocks, Kept, Retrieved, Selection, SlotQueries};
 
 use crate::paged::Paged;
+use crate::pooled::Pooled;
 use crate::ring::Ring;
 use crate::{CacheConfig, Result};
 
@@ -14,6 +15,8 @@ pub enum BlockStore {
     Rings(Vec<Ring<3>>),
     /// In tiers.
     Paged(Box<Paged>),
+    /// In tiers below a pool on the device that computes.
+    Pooled(Box<Pooled>),
 }
 
 impl BlockStore {
@@ -30,6 +33,16 @@ impl BlockStore {
         match self {
             Self::Rings(layers) => layers[0].len(),
             Self::Paged(paged) => paged.len(),
+            Self::Pooled(pooled) => pooled.paged().len(),
+        }
+    }
+
+    /// What writes blocks to disk, if they are in tiers.
+    pub fn paged(&mut self) -> Option<&mut Paged> {
+        match self {
+            Self::Rings(_) => None,
+            Self::Paged(paged) => Some(paged),
+            Self::Pooled(pooled) => Some(pooled.paged_mut()),
         }
     }
 
@@ -38,6 +51,7 @@ impl BlockStore {
         match self {
             Self::Rings(layers) => finished - layers[0].len() + i,
             Self::Paged(paged) => paged.number(i),
+            Self::Pooled(pooled) => pooled.paged().number(i),
         }
     }
 
@@ -46,6 +60,7 @@ impl BlockStore {
         match self {
             Self::Rings(layers) => layers.iter().map(Ring::bytes).sum(),
             Self::Paged(paged) => paged.bytes(),
+            Self::Pooled(pooled) => pooled.bytes(),
         }
     }
 
@@ -54,6 +69,7 @@ impl BlockStore {
         match self {
             Self::Rings(layers) => layers.iter().map(|ring| ring.bytes_of(blocks)).sum(),
             Self::Paged(paged) => paged.bytes_of(blocks),
+            Self::Pooled(pooled) => pooled.bytes_of(blocks),
         }
     }
 
@@ -62,6 +78,7 @@ impl BlockStore {
         match self {
             Self::Rings(layers) => layers.iter_mut().try_for_each(|ring| ring.reserve(blocks)),
             Self::Paged(paged) => paged.reserve(blocks),
+            Self::Pooled(pooled) => pooled.reserve(blocks),
         }
     }
 
@@ -70,6 +87,7 @@ impl BlockStore {
         match self {
             Self::Rings(layers) => layers.iter_mut().for_each(Ring::clear),
             Self::Paged(paged) => paged.clear(),
+            Self::Pooled(pooled) => pooled.clear(),
         }
     }
 
@@ -82,6 +100,7 @@ impl BlockStore {
                 ring.append([keys, values, &landmarks])
             }),
             Self::Paged(paged) => paged.append(layers, sizes),
+            Self::Pooled(pooled) => pooled.append(layers, sizes),
         }
     }
 
@@ -108,6 +127,7 @@ impl BlockStore {
                 let attend = |blocks: Blocks| retrieval::attend(queries, blocks, &chosen);
                 Ok((paged.with_blocks(layer, lengths, attend)?, chosen))
             }
+            Self::Pooled(pooled) => pooled.retrieve(layer, queries, lengths, top_k, selection),
         }
     }
 }

@@ -3,7 +3,10 @@
 
 use candle_core::{DType, Device, Tensor};
 use landmark_attention::{Attend, Pairs, Rope};
-use landmark_memory::{CacheConfig, ContextMiss, LandmarkCache, Selection, XlCache};
+use landmark_memory::session::{Session, Settings};
+use landmark_memory::{
+    BlockType, CacheConfig, ContextMiss, LandmarkCache, PoolTier, Scoring, Selection, Tiers, XlCache,
+};
 
 const CPU: Device = Device::Cpu;
 const HEAD_DIM: usize = 16;
@@ -81,22 +84,33 @@ struct Setting {
     ragged: bool,
 }
 
-/// Reads a text in chunks; the cache is cleared and used once more, so that a ring that was full is seen too.
+impl Setting {
+    fn config(&self) -> CacheConfig {
+        let &Self { batch, kv_heads, mem_freq, top_k, max_blocks, selection, miss: context_miss, .. } = self;
+        CacheConfig {
+            layers: 1,
+            batch,
+            kv_heads,
+            mem_freq,
+            landmark_id: 99,
+            top_k,
+            selection,
+            max_blocks,
+            window: 2000,
+            context_miss,
+        }
+    }
+}
+
+/// Reads a text in chunks with a cache in memory.
 fn read(setting: &Setting, text: &Text, chunks: &[usize], dtype: DType, device: &Device) -> Tensor {
-    let &Setting { batch, kv_heads, mem_freq, top_k, max_blocks, selection, miss: context_miss, .. } = setting;
-    let config = CacheConfig {
-        layers: 1,
-        batch,
-        kv_heads,
-        mem_freq,
-        landmark_id: 99,
-        top_k,
-        selection,
-        max_blocks,
-        window: 2000,
-        context_miss,
-    };
-    let mut cache = LandmarkCache::new(config, rope(), dtype, device).unwrap();
+    let mut cache = LandmarkCache::new(setting.config(), rope(), dtype, device).unwrap();
+    read_with(&mut cache, setting, text, chunks, device)
+}
+
+/// Reads a text in chunks; the cache is cleared and used once more, so that a ring that was full is seen too.
+fn read_with(cache: &mut LandmarkCache, setting: &Setting, text: &Text, chunks: &[usize], device: &Device) -> Tensor {
+    let &Setting { batch, mem_freq, miss: context_miss, .. } = setting;
     let mut outs = vec![];
     for _ in 0..2 {
         cache.clear();
@@ -223,6 +237,106 @@ fn a_context_miss_token_gates_as_on_the_cpu() {
             ragged: false,
         };
         check(&format!("cutoff {cutoff:?}"), &setting, &device);
+    }
+}
+
+/// What is read from tiers below a pool has the bits of a cache in memory, however little the pool holds: of blocks in the type that is computed in,
+/// or in float32.
+#[test]
+fn tiers_below_a_pool_have_the_bits_of_a_cache_in_memory() {
+    let Some(device) = gpu() else { return };
+    let bits = |x: &Tensor| {
+        let x = x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        x.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+    };
+    for selection in [Selection::PerTokenAndHead, Selection::MaxOverHeads, Selection::MaxOverTokens] {
+        for (batch, max_blocks, ragged, cutoff) in
+            [(1, None, false, None), (2, Some(9), false, Some(0.02)), (2, None, true, None), (1, Some(9), true, None)]
+        {
+            let setting = Setting {
+                batch,
+                heads: 4,
+                kv_heads: 2,
+                mem_freq: 7,
+                top_k: 3,
+                max_blocks,
+                selection,
+                miss: cutoff.map(|cutoff| ContextMiss { cutoff: Some(cutoff) }),
+                ragged,
+            };
+            let text = Text::new(batch, 4, 2, 800);
+            for (dtype, of) in [
+                (DType::F32, BlockType::F32),
+                (DType::BF16, BlockType::F32),
+                (DType::BF16, BlockType::BF16),
+                (DType::F16, BlockType::F32),
+            ] {
+                let text = text.on(dtype, dtype, &device);
+                let expected = bits(&read(&setting, &text, &CHUNKS, dtype, &device));
+                // Frames: what a token reads; some more; all blocks.
+                for frames in [0, 30, 1000] {
+                    let what = format!(
+                        "{selection:?}, batch {batch}, {max_blocks:?} blocks, ragged {ragged}, {dtype:?} of {of:?}, {frames} frames"
+                    );
+                    let bytes = frames * 2 * 8 * HEAD_DIM * dtype.size_in_bytes();
+                    let pool = PoolTier { device: device.clone(), dtype, bytes };
+                    let tiers = Tiers { of, ram: 0, scoring: Scoring::Exact };
+                    let mut cache = LandmarkCache::in_tiers_with_pool(setting.config(), rope(), tiers, pool).unwrap();
+                    let got = bits(&read_with(&mut cache, &setting, &text, &CHUNKS, &device));
+                    assert!(got == expected, "{what}");
+                    let (sent, found) = cache.loads();
+                    assert!(if frames < 1000 { sent > 60 } else { found > sent }, "{what}: {sent} sent, {found} found");
+                }
+            }
+        }
+    }
+}
+
+/// The same of blocks on disk, in RAM or not, with a session that is left and opened again.
+#[test]
+fn a_session_with_a_pool_has_the_bits_of_a_cache_in_memory() {
+    let Some(device) = gpu() else { return };
+    let setting = Setting {
+        batch: 1,
+        heads: 4,
+        kv_heads: 2,
+        mem_freq: 7,
+        top_k: 3,
+        max_blocks: None,
+        selection: Selection::PerTokenAndHead,
+        miss: None,
+        ragged: false,
+    };
+    for (dtype, block_type) in [(DType::F32, BlockType::F32), (DType::BF16, BlockType::BF16)] {
+        let text = Text::new(1, 4, 2, 800).on(dtype, dtype, &device);
+        for (ram, frames) in [(0, 0), (0, 30), (5000, 1000), (1 << 20, 0)] {
+            let parent = tempfile::tempdir().unwrap();
+            let folder = parent.path().join("session");
+            let settings = Settings { block_type, disk_limit: None, blocks_per_segment: Some(5) };
+            Session::create(&folder, &setting.config(), HEAD_DIM, settings, serde_json::json!({})).unwrap();
+            let mut memory = LandmarkCache::new(setting.config(), rope(), dtype, &device).unwrap();
+            let mut row = 0;
+            for chunks in CHUNKS.chunks(4) {
+                let mut session = Session::open(&folder).unwrap();
+                let bytes = frames * 2 * 8 * HEAD_DIM * dtype.size_in_bytes();
+                let pool = PoolTier { device: device.clone(), dtype, bytes };
+                let (mut cache, _) = session.cache_with_pool(setting.config(), rope(), ram, pool).unwrap();
+                for &n in chunks {
+                    let tokens = Tensor::zeros((1, n), DType::U32, &device).unwrap();
+                    let from = row;
+                    let mut once = |cache: &mut LandmarkCache| {
+                        let out = cache.forward(&tokens, |ids, attention| {
+                            row = from + ids.dims()[1];
+                            text.run(attention, from, ids.dims()[1])
+                        });
+                        out.unwrap().to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+                    };
+                    let expected = once(&mut memory);
+                    assert_eq!(once(&mut cache), expected, "{dtype:?}, {ram} bytes of RAM, {frames} frames");
+                    session.commit(&mut cache, &vec![0; n], &[], None, true).unwrap();
+                }
+            }
+        }
     }
 }
 

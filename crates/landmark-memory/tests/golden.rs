@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
 use landmark_attention::{Pairs, Rope};
-use landmark_memory::{BlockType, CacheConfig, LandmarkCache, Scoring, Selection, Tiers, XlCache};
+use landmark_memory::{BlockType, CacheConfig, LandmarkCache, PoolTier, Scoring, Selection, Tiers, XlCache};
 use landmark_models::gpt::{Gpt, GptConfig, SoftmaxFunc, Variant};
 
 fn golden(case: &str) -> HashMap<String, Tensor> {
@@ -110,6 +110,18 @@ fn check_cache(case: &str, top_k: usize, selection: Selection, max_blocks: usize
                 let cache = LandmarkCache::in_tiers(config.clone(), rope(), tiers).unwrap();
                 let tiered = cached_logits(&model, cache, &ids, chunk);
                 assert_eq!(bits(&tiered), bits(&logits), "{case}: tiers with {ram} bytes of RAM");
+            }
+        }
+        if dtype == DType::F32 {
+            // Below a pool on the device that computes too. A pool that holds less than a chunk reads takes it in pieces; on the CPU that is another
+            // order of sums.
+            let pools = if device.is_cpu() { &[1 << 20][..] } else { &[0, 50_000, 1 << 20] };
+            for &bytes in pools {
+                let tiers = Tiers { of: BlockType::F32, ram: 0, scoring: Scoring::Exact };
+                let pool = PoolTier { device: device.clone(), dtype, bytes };
+                let cache = LandmarkCache::in_tiers_with_pool(config.clone(), rope(), tiers, pool).unwrap();
+                let pooled = cached_logits(&model, cache, &ids, chunk);
+                assert_eq!(bits(&pooled), bits(&logits), "{case}: a pool of {bytes} bytes on {device:?}");
             }
         }
         let off = differences(&logits, &golden["logits"]);

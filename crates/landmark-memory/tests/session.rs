@@ -5,10 +5,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use landmark_attention::{Attend, Pairs, Rope};
 use landmark_memory::session::{self, Session, Settings};
-use landmark_memory::{BlockType, CacheConfig, LandmarkCache, Scoring, Selection, Tiers};
+use landmark_memory::{BlockType, CacheConfig, LandmarkCache, PoolTier, Scoring, Selection, Tiers};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
@@ -93,7 +93,7 @@ impl Twin {
 
     /// A cache in memory that has read the same chunks.
     fn in_memory(&self) -> LandmarkCache {
-        let mut cache = LandmarkCache::new(config(), rope(), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let mut cache = LandmarkCache::new(config(), rope(), DType::F32, &Device::Cpu).unwrap();
         for chunk in &self.chunks {
             read(&mut cache, chunk);
         }
@@ -106,6 +106,48 @@ impl Twin {
         self.session.commit(&mut self.cache, &chunk, &hidden, None, last).unwrap();
         self.chunks.push(chunk);
         out
+    }
+}
+
+/// With a pool on the device that computes: what a cache in memory gives, whatever is in RAM and in the pool, and however often the session was opened.
+#[test]
+fn a_session_with_a_pool_equals_a_cache_in_memory() {
+    // Of a unit, in the pool and in RAM.
+    const UNIT: usize = 2 * 5 * HEAD_DIM * 4;
+    let cases = [(0, 10_000, 30), (9 * UNIT, 10_000, 30), (1 << 20, 24, 3), (0, 24, 3), (20 * UNIT, 0, 30)];
+    for (ram, frames, longest) in cases {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path().join("session");
+        create(&folder, SMALL);
+        let mut memory = LandmarkCache::new(config(), rope(), DType::F32, &Device::Cpu).unwrap();
+        for opened in 0..5 {
+            let mut session = Session::open(&folder).unwrap();
+            let pool = PoolTier { device: Device::Cpu, dtype: DType::F32, bytes: frames * UNIT };
+            let (mut cache, _) = session.cache_with_pool(config(), rope(), ram, pool).unwrap();
+            for i in 0..12 {
+                let chunk = text(100 * opened + i, 1 + (opened * 7 + i * 5) % longest);
+                let (got, expected) = (read(&mut cache, &chunk), read(&mut memory, &chunk));
+                let last = got.narrow(1, chunk.len() - 1, 1).unwrap().flatten_all().unwrap();
+                session.commit(&mut cache, &chunk, &last.to_vec1().unwrap(), None, i % 2 == 1).unwrap();
+                let what = format!("chunk {i} of opening {opened}, {ram} bytes of RAM, {frames} frames");
+                if frames > 0 {
+                    assert!(bits(&got) == bits(&expected), "{what}");
+                } else {
+                    // Token by token: on the CPU that is another order of sums.
+                    let off = (got - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                    assert!(off < 1e-3, "{what}: off by {off}");
+                }
+            }
+            let (sent, found) = cache.loads();
+            assert!(found > 0 && (frames < 10_000 || sent < found), "{sent} sent, {found} found");
+        }
+        let session = Session::open(&folder).unwrap();
+        assert_eq!(session.verify(), Vec::<String>::new());
+        // On the CPU it is the same session.
+        let (mut cache, _) = session.cache(config(), rope(), 0, Scoring::Exact).unwrap();
+        let chunk = text(1, 9);
+        let (got, expected) = (read(&mut cache, &chunk), read(&mut memory, &chunk));
+        assert!(frames == 0 || bits(&got) == bits(&expected));
     }
 }
 
@@ -402,7 +444,7 @@ fn a_full_disk_leaves_the_session_as_it_was() {
     // With room, what was read can be committed after all.
     twin.session.commit(&mut twin.cache, &chunk, &[], None, true).unwrap();
     twin.chunks.push(chunk.clone());
-    let mut memory = LandmarkCache::new(config(), rope(), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let mut memory = LandmarkCache::new(config(), rope(), DType::F32, &Device::Cpu).unwrap();
     chunks.iter().for_each(|chunk| drop(read(&mut memory, chunk)));
     assert_eq!(bits(&read(&mut memory, &chunk)), bits(&out));
     let next = text(0, 5);
@@ -496,7 +538,7 @@ fn rounded_blocks_are_the_same_in_every_tier() {
         let mut twin = Twin::open(&folder, 0, vec![]);
         let tiers = Tiers { of: block_type, ram: 1 << 20, scoring: Scoring::Exact };
         let mut memory = LandmarkCache::in_tiers(config(), rope(), tiers).unwrap();
-        let mut exact = LandmarkCache::new(config(), rope(), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let mut exact = LandmarkCache::new(config(), rope(), DType::F32, &Device::Cpu).unwrap();
         let mut off = 0f32;
         for i in 0..12 {
             let chunk = text(40 * i, 13);

@@ -12,6 +12,7 @@ mod column;
 mod dropout;
 
 mod forward;
+pub(crate) mod join;
 mod lanes;
 pub(crate) mod lists;
 mod product;

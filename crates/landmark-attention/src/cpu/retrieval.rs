@@ -34,8 +34,17 @@ struct Operands<'a, T> {
 
 /// [`Kept`] as slices.
 enum Slices<'a, T> {
-    Ring { keys: &'a [T], values: &'a [T] },
+    Ring {
+        keys: &'a [T],
+        values: &'a [T],
+    },
     Frames(&'a dyn Frames),
+    /// The frame of each chosen block.
+    Pool {
+        keys: &'a [T],
+        values: &'a [T],
+        frames: &'a [u32],
+    },
 }
 
 impl<'a, T: Real> Operands<'a, T> {
@@ -53,8 +62,9 @@ impl<'a, T: Real> Operands<'a, T> {
         self.lengths.map_or(self.shape.block, |lengths| lengths[block] as usize + 1)
     }
 
-    /// Keys and values of a block, `[size, head_dim]`: what is before them in its place is left out.
-    fn block(&self, bh: usize, block: usize) -> [&'a [T]; 2] {
+    /// Keys and values of a block, `[size, head_dim]`: what is before them in its place is left out. It is the chosen block of this number, over
+    /// heads, queries and ranks.
+    fn block(&self, bh: usize, block: usize, chosen: usize) -> [&'a [T]; 2] {
         let (kv, full) = (self.shape.kv(bh), self.shape.block * self.shape.head_dim);
         let unused = full - self.size(block) * self.shape.head_dim;
         let places = match self.kept {
@@ -65,6 +75,10 @@ impl<'a, T: Real> Operands<'a, T> {
             // `attend` looked for all of them.
             Slices::Frames(frames) => {
                 frames.frame(kv, block).expect("a chosen block in a frame").map(bytemuck::cast_slice)
+            }
+            Slices::Pool { keys, values, frames } => {
+                let at = frames[chosen] as usize * full;
+                [&keys[at..], &values[at..]]
             }
         };
         places.map(|place| &place[unused..full])
@@ -378,7 +392,7 @@ impl<S: Simd, T: Real> WithSimd for AttendHead<'_, '_, S, T> {
             let block = chosen[group[0] as usize] as usize;
             let is_newest = block >= operands.len - operands.newest;
             let size = operands.size(block);
-            let [keys, values] = operands.block(bh, block);
+            let [keys, values] = operands.block(bh, block, bh * time * k + group[0] as usize);
             if group.len() <= FEW && single::fits::<S, T>(d) {
                 for &reading in group {
                     let (t, rank) = (reading as usize / k, reading as usize % k);
@@ -480,8 +494,10 @@ fn with_operands<T: Real + WithDType, R>(
     f: impl FnOnce(Operands<T>) -> R,
 ) -> candle_core::Result<R> {
     let mut tensors = vec![queries.queries, blocks.landmarks];
-    if let Kept::Ring { keys, values } = blocks.kept {
-        tensors.extend([keys, values]);
+    match blocks.kept {
+        Kept::Ring { keys, values } => tensors.extend([keys, values]),
+        Kept::Pool { pool, .. } => tensors.extend(pool.tensors()),
+        Kept::Frames { .. } => {}
     }
     let guards: Vec<_> = tensors.into_iter().map(|t| t.storage_and_layout()).collect();
     let mut slices = Vec::with_capacity(4);
@@ -497,6 +513,7 @@ fn with_operands<T: Real + WithDType, R>(
         kept: match blocks.kept {
             Kept::Ring { .. } => Slices::Ring { keys: slices[2], values: slices[3] },
             Kept::Frames { frames, .. } => Slices::Frames(frames),
+            Kept::Pool { frames, .. } => Slices::Pool { keys: slices[2], values: slices[3], frames },
         },
         landmarks: slices[1],
         first: blocks.first,
@@ -555,41 +572,5 @@ pub(crate) fn attend(
     match queries.queries.dtype() {
         DType::F32 => run::<f32>(shape, queries, blocks, chosen, k),
         _ => run::<f64>(shape, queries, blocks, chosen, k),
-    }
-}
-
-/// See [`crate::retrieval::join`]: `a` and `b` are outputs and log-sum-exps of one type, in contiguous memory.
-pub(crate) fn join(a: (&Tensor, &Tensor), b: (&Tensor, &Tensor)) -> candle_core::Result<(Tensor, Tensor)> {
-    fn run<T: Real + WithDType>(tensors: [&Tensor; 4]) -> candle_core::Result<(Tensor, Tensor)> {
-        let guards = tensors.map(|t| t.storage_and_layout());
-        let mut slices = Vec::with_capacity(4);
-        for ((storage, layout), tensor) in guards.iter().zip(tensors) {
-            match &**storage {
-                Storage::Cpu(storage) => {
-                    slices.push(&storage.as_slice::<T>()?[layout.start_offset()..][..tensor.elem_count()])
-                }
-                _ => candle_core::bail!("join: expected tensors on the CPU"),
-            }
-        }
-        let d = tensors[0].dims()[3];
-        let (mut out, mut lse) = (slices[0].to_vec(), slices[1].to_vec());
-        let rows =
-            out.par_chunks_exact_mut(d).zip(slices[2].par_chunks_exact(d)).zip(lse.par_iter_mut().zip(slices[3]));
-        rows.with_min_len(64).for_each(|((out, other), (lse, &other_lse))| {
-            // A query with nothing on either side keeps its zeros: the floor turns -inf - -inf into 0.
-            let max = lse.widen().max(other_lse.widen()).max(-1e30);
-            let (weight, other_weight) = ((lse.widen() - max).exp(), (other_lse.widen() - max).exp());
-            let sum = weight + other_weight;
-            let share = |weight: f64| T::cast(weight / sum.max(1e-30));
-            let (share, other_share) = (share(weight), share(other_weight));
-            out.iter_mut().zip(other).for_each(|(out, &other)| *out = *out * share + other * other_share);
-            *lse = T::cast(max + sum.ln());
-        });
-        let device = tensors[0].device();
-        Ok((Tensor::from_vec(out, tensors[0].shape(), device)?, Tensor::from_vec(lse, tensors[1].shape(), device)?))
-    }
-    match a.0.dtype() {
-        DType::F32 => run::<f32>([a.0, a.1, b.0, b.1]),
-        _ => run::<f64>([a.0, a.1, b.0, b.1]),
     }
 }

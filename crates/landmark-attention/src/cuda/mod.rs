@@ -6,12 +6,14 @@
 //!   `dropout.cuh` their dropout;
 //! - `hopper_forward.cuh`, `hopper_backward.cuh`: kernels for blocks of up to 64 on Hopper;
 //! - `retrieval.cu` with `retrieval_*.cuh`, `retrieval`: scores of cached landmarks, choice of blocks, attention to them;
+//! - `pool`: blocks that come from the CPU's memory when they are read;
 //! - `rope.cu`, `rope`: rotary position embedding;
 //! - `outside`: keys outside the window;
 //! - this file: the candle operation. `docs/cuda-kernels.md` tells how the kernels work and what they reach.
 
 pub(crate) mod outside;
 mod params;
+pub(crate) mod pool;
 pub(crate) mod retrieval;
 pub(crate) mod rope;
 mod units;

@@ -110,9 +110,19 @@ struct RetrievalParams {
     uint32_t *chosen;                  // [batch, heads, time, k]
     void *out;                         // [batch, heads, time, head_dim]
     float *lse, *scores;               // [batch, heads, time], [batch, heads, time, k], natural
+    const uint32_t *frames;            // [batch, heads, time, k], or null: keys and values are [frames, block, head_dim], chosen blocks in these
     int32_t batch, heads, kv_heads, time, head_dim, block, capacity, first, len, newest, k;
     int32_t selection, dtype;
     float scale_log2;                  // the scale times log2(e)
+};
+
+// Units that the host sent, each `part_bytes` of keys, then as many of values, into frames of a pool.
+struct PlaceParams {
+    const void *units;
+    const uint32_t *frames;  // [count]
+    void *keys, *values;
+    int64_t part_bytes;
+    int32_t count, reserved;
 };
 
 // Two attentions of the same queries, [rows, head_dim] and natural log-sum-exps [rows] each, into one.
@@ -132,4 +142,4 @@ constexpr int LONG_BLOCKS_AT_ONCE = 16;
 constexpr int TOO_LITTLE_SHARED_MEMORY = 1 << 20;
 
 static_assert(sizeof(Group) == 8 && sizeof(Unit) == 88 && sizeof(Strides) == 24 && sizeof(Block) == 8 && sizeof(Params) == 296);
-static_assert(sizeof(Splits) == 32 && sizeof(RopeParams) == 80 && sizeof(RetrievalParams) == 128 && sizeof(JoinParams) == 64);
+static_assert(sizeof(Splits) == 32 && sizeof(RopeParams) == 80 && sizeof(RetrievalParams) == 136 && sizeof(PlaceParams) == 48 && sizeof(JoinParams) == 64);

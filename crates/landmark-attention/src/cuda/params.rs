@@ -171,6 +171,7 @@ pub struct RetrievalParams {
     pub out: u64,
     pub lse: u64,
     pub scores: u64,
+    pub frames: u64,
     pub batch: i32,
     pub heads: i32,
     pub kv_heads: i32,
@@ -189,6 +190,18 @@ pub struct RetrievalParams {
 
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
+pub struct PlaceParams {
+    pub units: u64,
+    pub frames: u64,
+    pub keys: u64,
+    pub values: u64,
+    pub part_bytes: i64,
+    pub count: i32,
+    pub reserved: i32,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
 pub struct JoinParams {
     pub a: u64,
     pub b: u64,
@@ -203,8 +216,8 @@ pub struct JoinParams {
 
 const _: () = assert!(size_of::<Group>() == 8 && size_of::<Unit>() == 88 && size_of::<Strides>() == 24);
 const _: () = assert!(size_of::<Block>() == 8 && size_of::<Params>() == 296);
-const _: () = assert!(size_of::<RopeParams>() == 80 && size_of::<RetrievalParams>() == 128);
-const _: () = assert!(size_of::<JoinParams>() == 64 && size_of::<Splits>() == 32);
+const _: () = assert!(size_of::<RopeParams>() == 80 && size_of::<RetrievalParams>() == 136);
+const _: () = assert!(size_of::<PlaceParams>() == 48 && size_of::<JoinParams>() == 64 && size_of::<Splits>() == 32);
 
 unsafe extern "C" {
     pub fn landmark_attention_forward(params: *const Params, stream: *mut c_void) -> c_int;
@@ -216,6 +229,7 @@ unsafe extern "C" {
     pub fn landmark_select_scratch(params: *const RetrievalParams) -> i64;
     pub fn landmark_select(params: *const RetrievalParams, scratch: u64, stream: *mut c_void) -> c_int;
     pub fn landmark_attend(params: *const RetrievalParams, stream: *mut c_void) -> c_int;
+    pub fn landmark_place(params: *const PlaceParams, stream: *mut c_void) -> c_int;
     pub fn landmark_join(params: *const JoinParams, stream: *mut c_void) -> c_int;
     pub fn landmark_attention_error(error: c_int) -> *const c_char;
 }

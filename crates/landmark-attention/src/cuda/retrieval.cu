@@ -93,6 +93,13 @@ template <typename T> static cudaError_t attend(const RetrievalParams &p, cudaSt
     return cudaGetLastError();
 }
 
+static cudaError_t place(const PlaceParams &p, cudaStream_t stream) {
+    // Memory of its own begins at a multiple of 256 bytes, and what is sent at one of 16.
+    if (p.part_bytes % 16 == 0) place_kernel<uint4><<<unsigned(p.count), 256, 0, stream>>>(p, p.part_bytes / 16);
+    else place_kernel<uint16_t><<<unsigned(p.count), 256, 0, stream>>>(p, p.part_bytes / 2);
+    return cudaGetLastError();
+}
+
 template <typename T> static cudaError_t join(const JoinParams &p, cudaStream_t stream) {
     join_kernel<T><<<unsigned((p.rows + 7) / 8), 256, 0, stream>>>(p);
     return cudaGetLastError();
@@ -113,6 +120,7 @@ extern "C" int landmark_select(const RetrievalParams *p, float *scratch, cudaStr
 extern "C" int landmark_attend(const RetrievalParams *p, cudaStream_t stream) {
     return with_type(p->dtype, [&](auto type) { return attend<decltype(type)>(*p, stream); });
 }
+extern "C" int landmark_place(const PlaceParams *p, cudaStream_t stream) { return place(*p, stream); }
 extern "C" int landmark_join(const JoinParams *p, cudaStream_t stream) {
     return with_type(p->dtype, [&](auto type) { return join<decltype(type)>(*p, stream); });
 }

@@ -42,7 +42,7 @@ fn element_type(dtype: DType) -> candle_core::Result<ElementType> {
 
 /// The address of a contiguous tensor's first element, for kernels on its device's one stream: candle frees memory in that stream's order,
 /// so what a live tensor is told to hold stays there until kernels that were launched before are done.
-fn address(x: &Tensor) -> candle_core::Result<u64> {
+pub(super) fn address(x: &Tensor) -> candle_core::Result<u64> {
     let (storage, layout) = x.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else { bail!("retrieval: expected tensors on a GPU") };
     match x.dtype() {
@@ -68,7 +68,11 @@ fn retrieval_params(
     k: usize,
 ) -> candle_core::Result<RetrievalParams> {
     let &RetrievalShape { batch, heads, kv_heads, time, head_dim, block, capacity, .. } = shape;
-    let Kept::Ring { keys, values } = blocks.kept else { bail!("retrieval: expected a ring of blocks on a GPU") };
+    let [keys, values] = match blocks.kept {
+        Kept::Ring { keys, values } => [keys, values],
+        Kept::Pool { pool, .. } => pool.tensors(),
+        Kept::Frames { .. } => bail!("retrieval: expected blocks on a GPU"),
+    };
     Ok(RetrievalParams {
         queries: address(queries.queries)?,
         keys: address(keys)?,
@@ -79,6 +83,7 @@ fn retrieval_params(
         out: 0,
         lse: 0,
         scores: 0,
+        frames: 0,
         batch: batch as i32,
         heads: heads as i32,
         kv_heads: kv_heads as i32,
@@ -103,7 +108,11 @@ fn unfilled(shape: impl Into<Shape>, dtype: DType, like: &Tensor) -> candle_core
 }
 
 /// Runs `launch` on the stream of `like`'s device.
-fn launch(op: &'static str, like: &Tensor, launch: impl FnOnce(*mut c_void) -> i32) -> candle_core::Result<()> {
+pub(super) fn launch(
+    op: &'static str,
+    like: &Tensor,
+    launch: impl FnOnce(*mut c_void) -> i32,
+) -> candle_core::Result<()> {
     let stream = like.device().as_cuda_device()?.cuda_stream();
     stream.context().bind_to_thread().w()?;
     super::check(op, launch(stream.cu_stream().cast()))
@@ -149,12 +158,17 @@ pub(crate) fn attend(
     let &RetrievalShape { batch, heads, time, head_dim, .. } = shape;
     let q = queries.queries;
     let chosen = chosen.contiguous()?;
+    let frames = match blocks.kept {
+        Kept::Pool { frames, .. } => Some(Tensor::new(frames, q.device())?),
+        _ => None,
+    };
     let lengths = blocks.lengths.map(|lengths| Tensor::new(lengths, q.device())).transpose()?;
     let out = unfilled((batch, heads, time, head_dim), q.dtype(), q)?;
     let lse = unfilled((batch, heads, time), DType::F32, q)?;
     let scores = unfilled((batch, heads, time, k), DType::F32, q)?;
     let mut params = retrieval_params(shape, queries, blocks, k)?;
     params.chosen = address(&chosen)?;
+    params.frames = frames.as_ref().map_or(Ok(0), address)?;
     params.lengths = lengths.as_ref().map_or(Ok(0), address)?;
     (params.out, params.lse, params.scores) = (address(&out)?, address(&lse)?, address(&scores)?);
     // SAFETY: as in `select`; the kernel reads no block that is not in the ring.

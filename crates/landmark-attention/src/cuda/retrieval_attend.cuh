@@ -65,7 +65,8 @@ template <typename T, int COLUMNS> __global__ void __launch_bounds__(256) attend
             return eight_sum(dot);
         };
         // The landmark is the last of the place, the block's tokens are right before it.
-        const int64_t end = ((kv * p.capacity + place_of(p, block)) * p.block + p.block - 1) * d;
+        const int64_t place = p.frames ? int64_t(p.frames[row * p.k + rank]) : kv * p.capacity + place_of(p, block);
+        const int64_t end = (place * p.block + p.block - 1) * d;
         const T *landmark = static_cast<const T *>(p.keys) + end;
         const T *keys = landmark - int64_t(size) * d, *values = static_cast<const T *>(p.values) + end - int64_t(size) * d;
         const float outer = score(landmark);
@@ -132,6 +133,14 @@ template <typename T, int COLUMNS> __global__ void __launch_bounds__(256) attend
         to[c] = static_cast<T>(x / sum);
     }
     if (threadIdx.x == 0) p.lse[row] = (max + log2f(sum)) * 0.6931471805599453f;
+}
+
+// Units into frames, `words` words of keys and as many of values each: a block of threads a unit.
+template <typename Word> __global__ void place_kernel(const __grid_constant__ PlaceParams p, int64_t words) {
+    const int64_t unit = blockIdx.x, frame = p.frames[unit];
+    const Word *from = static_cast<const Word *>(p.units) + unit * 2 * words;
+    Word *keys = static_cast<Word *>(p.keys) + frame * words, *values = static_cast<Word *>(p.values) + frame * words;
+    for (int64_t i = threadIdx.x; i < words; i += blockDim.x) keys[i] = from[i], values[i] = from[words + i];
 }
 
 // Two attentions over disjoint keys into one over both: a warp a row.

@@ -18,7 +18,7 @@ use landmark_models::{IGNORE, Model, hub};
 use landmark_train::Tuning;
 use landmark_train::checkpoint::EXPERIMENT;
 pub use memory::{Memory, fitting};
-pub use session::{About, open_session};
+pub use session::{About, SessionFlags, open_session};
 pub use setting::{Reading, Setting};
 use std::path::{Path, PathBuf};
 

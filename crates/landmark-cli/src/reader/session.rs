@@ -1,15 +1,18 @@
 //! A reader whose text is in a session.
 
-use super::{CacheFlags, DeviceFlags, LmCache, Memory, Reader, SelectionMethod, check_vocabulary, load, memory};
-use crate::device::DeviceChoice;
+use super::{
+    CacheFlags, DeviceFlags, LmCache, Memory, ModelFlags, Reader, SelectionMethod, check_vocabulary, load, memory,
+};
+use crate::args::bytes;
 use crate::kept;
 use anyhow::{Context, bail};
-use candle_core::{Device, Tensor};
-use clap::ValueEnum;
+use candle_core::{DType, Device, Tensor};
+use clap::{Args, ValueEnum};
 use landmark_data::Pretrained;
 use landmark_memory::session::{Session, Settings};
-use landmark_memory::{LandmarkCache, Recall, Scoring};
+use landmark_memory::{LandmarkCache, PoolTier, Recall, Scoring};
 use landmark_models::Model;
+use landmark_models::llama::ADAPTER_FILES;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
@@ -26,6 +29,9 @@ pub struct About {
     pub model_hash: String,
     /// The files' sizes and times: while they are these, the hash is not computed again.
     pub model_files: Vec<(String, u64, u64)>,
+    /// Where the model's adapter was.
+    #[serde(default)]
+    pub adapter: Option<PathBuf>,
     /// What `--tokenizer` named.
     pub tokenizer: Option<String>,
     /// SHA-256 of the tokenizer.
@@ -40,22 +46,48 @@ pub struct About {
     pub exact: bool,
 }
 
-/// Sessions are read on the CPU.
-const CPU: DeviceFlags = DeviceFlags { device: DeviceChoice::Cpu, dtype: None };
+/// Which session, and how it is read this time.
+#[derive(Args, Clone, Debug)]
+#[command(rename_all = "snake_case")]
+pub struct SessionFlags {
+    /// The session's folder
+    #[arg(value_name = "DIR")]
+    pub session: PathBuf,
+    /// The model, if it is no longer where it was
+    #[arg(long, value_name = "MODEL")]
+    checkpoint: Option<PathBuf>,
+    /// The model's adapter, if it is no longer where it was
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceFlags,
+    /// RAM for blocks that are in use, such as 500MB or 2GiB; what one chunk reads in one layer is in RAM at least
+    #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "256MiB")]
+    ram: u64,
+    /// GPU memory for blocks that are in use, beside the landmarks of all; what one token reads in one layer is there at least. Left out: 2GiB
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    gpu_memory: Option<u64>,
+    /// Score all landmarks beside those that the index finds, and tell what it missed
+    #[arg(long)]
+    measure_recall: bool,
+}
+
+/// `--gpu_memory` where it is left out.
+const GPU_MEMORY: u64 = 2 << 30;
 
 impl About {
     /// Makes a session of a model in a folder, read as the flags say.
     pub fn create(
         folder: &Path,
-        model: &Path,
-        tokenizer: Option<&str>,
+        model: &ModelFlags,
         flags: &CacheFlags,
         exact: bool,
         settings: Settings,
     ) -> anyhow::Result<Self> {
-        let path = super::checkpoint(model)?;
-        let pretrained = super::pretrained(&path, None, tokenizer)?;
-        let model = load(&path, None, CPU)?;
+        let path = super::checkpoint(&model.checkpoint)?;
+        let (adapter, tokenizer) = (model.adapter.as_deref(), model.tokenizer.as_deref());
+        let pretrained = super::pretrained(&path, adapter, tokenizer)?;
+        let model = load(&path, adapter, model.device)?;
         check_vocabulary(model.outline().vocab_size, &pretrained.tokenizer)?;
         let outline = model.outline();
         if flags.mem_cache_size.is_some() {
@@ -70,8 +102,9 @@ impl About {
         let path = std::path::absolute(&path)?;
         let about = Self {
             program: concat!("landmark ", env!("CARGO_PKG_VERSION")).into(),
-            model_hash: kept::hash_of_model(&path, None)?,
-            model_files: files(&path)?,
+            model_hash: kept::hash_of_model(&path, adapter)?,
+            model_files: files(&path, adapter)?,
+            adapter: adapter.map(std::path::absolute).transpose()?,
             model: path,
             tokenizer: tokenizer.map(str::to_string),
             tokenizer_hash: pretrained.tokenizer.fingerprint().to_string(),
@@ -95,28 +128,37 @@ impl About {
         serde_json::from_value(about.clone()).context("session.json is not one of this program's")
     }
 
-    /// The model, if it is still the one that read the session's text; `moved` is where it is now, if not where it was.
-    fn load(&self, moved: Option<&Path>) -> anyhow::Result<(Model, Pretrained)> {
-        let path = match moved {
+    /// The model, if it is still the one that read the session's text.
+    fn load(&self, flags: &SessionFlags) -> anyhow::Result<(Model, Pretrained)> {
+        let path = match &flags.checkpoint {
             Some(moved) => super::checkpoint(moved)?,
             None => self.model.clone(),
         };
-        if !path.exists() {
-            bail!("the session's model is not at {} any more: tell where it is with --checkpoint", path.display());
+        let adapter = match (&self.adapter, &flags.adapter) {
+            (None, Some(_)) => bail!("--adapter is refused: the session's model has none"),
+            (adapter, moved) => moved.as_deref().or(adapter.as_deref()),
+        };
+        for (what, path, flag) in [("model", Some(&*path), "checkpoint"), ("adapter", adapter, "adapter")] {
+            if let Some(path) = path.filter(|path| !path.exists()) {
+                bail!("the session's {what} is not at {} any more: tell where it is with --{flag}", path.display());
+            }
         }
-        if (moved.is_some() || files(&path)? != self.model_files)
-            && kept::hash_of_model(&path, None)? != self.model_hash
+        let is_moved = flags.checkpoint.is_some() || flags.adapter.is_some();
+        if (is_moved || files(&path, adapter)? != self.model_files)
+            && kept::hash_of_model(&path, adapter)? != self.model_hash
         {
+            let adapter =
+                adapter.map_or(String::new(), |adapter| format!(" with the adapter in {}", adapter.display()));
             bail!(
-                "the model in {} is not the one that read the session's text: its files have another hash",
+                "the model in {}{adapter} is not the one that read the session's text: its files have another hash",
                 path.display()
             );
         }
-        let pretrained = super::pretrained(&path, None, self.tokenizer.as_deref())?;
+        let pretrained = super::pretrained(&path, adapter, self.tokenizer.as_deref())?;
         if pretrained.tokenizer.fingerprint().to_string() != self.tokenizer_hash {
             bail!("the tokenizer of {} is not the one that the session's text was read with", path.display());
         }
-        Ok((load(&path, None, CPU)?, pretrained))
+        Ok((load(&path, adapter, flags.device)?, pretrained))
     }
 
     fn flags(&self) -> anyhow::Result<CacheFlags> {
@@ -133,24 +175,25 @@ impl About {
     }
 }
 
-/// Opens a session and the model that read its text, which may have `moved`; blocks in use take at most `ram` bytes. `exact`: all landmarks are scored,
-/// whatever the session is made for; `measured`: what an index misses is measured.
-pub fn open_session(
-    folder: &Path,
-    moved: Option<&Path>,
-    ram: u64,
-    exact: bool,
-    measured: bool,
-) -> anyhow::Result<(Session, Reader)> {
+/// Opens a session and the model that read its text. `exact`: all landmarks are scored, whatever the session is made for.
+pub fn open_session(how: &SessionFlags, exact: bool) -> anyhow::Result<(Session, Reader)> {
+    let folder = &how.session;
     let session = Session::open(folder)?;
     for note in session.notes() {
         eprintln!("{}: {note}", folder.display());
     }
     let about = About::of(session.about())?;
-    let (model, pretrained) = about.load(moved)?;
+    let (model, pretrained) = about.load(how)?;
     let (flags, outline) = (about.flags()?, model.outline());
     let config = memory::cache_config(&flags, &outline, 1)?;
-    let scoring = match (about.exact || exact, measured) {
+    let (device, dtype, ram) = (model.device(), model.activations(), usize::try_from(how.ram)?);
+    if device.is_cpu() && how.gpu_memory.is_some() {
+        bail!("--gpu_memory is refused: the session is read on the CPU; see --device");
+    }
+    if !device.is_cpu() && how.measure_recall {
+        bail!("--measure_recall is refused: on a GPU all landmarks are scored, and there is no index to measure");
+    }
+    let scoring = match (about.exact || exact, how.measure_recall) {
         (true, true) => {
             bail!("--measure_recall is refused: all landmarks are scored, and there is no index to measure")
         }
@@ -158,7 +201,12 @@ pub fn open_session(
         (false, true) => Scoring::IndexMeasured,
         (false, false) => Scoring::Index,
     };
-    let (cache, hidden) = session.cache(config, outline.rope.clone(), usize::try_from(ram)?, scoring)?;
+    let (cache, hidden) = if device.is_cpu() {
+        session.cache(config, outline.rope.clone(), ram, scoring)?
+    } else {
+        let bytes = usize::try_from(how.gpu_memory.unwrap_or(GPU_MEMORY))?;
+        session.cache_with_pool(config, outline.rope.clone(), ram, PoolTier { device: device.clone(), dtype, bytes })?
+    };
     let tokenizer = pretrained.tokenizer;
     if let Some(token) = session.tokens().iter().find(|&&token| token as usize >= outline.vocab_size) {
         bail!("{}: token {token} is none of the model's", folder.display());
@@ -173,7 +221,8 @@ pub fn open_session(
                 outline.width
             );
         }
-        Ok(Tensor::from_vec(hidden, (1, 1, outline.width), &Device::Cpu)?)
+        let hidden = Tensor::from_vec(hidden, (1, 1, outline.width), &Device::Cpu)?;
+        Ok(hidden.to_device(model.device())?.to_dtype(dtype)?)
     });
     let reader = Reader {
         begin: pretrained.begin,
@@ -199,11 +248,16 @@ impl Reader {
         last: bool,
     ) -> anyhow::Result<()> {
         let hidden = match &self.last {
-            Some(last) => last.flatten_all()?.to_vec1::<f32>()?,
+            Some(last) => last.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?,
             None => Vec::new(),
         };
         let cache = self.memory.caches_mut().next().context("a session's reader has a cache")?;
         Ok(session.commit(cache, tokens, &hidden, append_from, last)?)
+    }
+
+    /// Where blocks are that are in use.
+    pub fn tier(&self) -> &'static str {
+        if self.model.device().is_cpu() { "in RAM" } else { "on the GPU" }
     }
 
     /// What the index found of what all landmarks would have given, as a line for people; nothing if it was not measured.
@@ -218,14 +272,15 @@ impl Reader {
         })
     }
 
-    /// How often a head's block was brought into RAM, and how often it was there.
+    /// How often a head's block was brought into RAM, or onto the GPU, and how often it was there.
     pub fn loads(&self) -> (u64, u64) {
         self.memory.caches().next().map_or((0, 0), LandmarkCache::loads)
     }
 }
 
-/// Names, sizes and times of a model's files.
-fn files(path: &Path) -> anyhow::Result<Vec<(String, u64, u64)>> {
+/// Names, sizes and times of a model's files, and of its adapter's.
+fn files(path: &Path, adapter: Option<&Path>) -> anyhow::Result<Vec<(String, u64, u64)>> {
+    let adapter = adapter.map(|adapter| ADAPTER_FILES.map(|name| adapter.join(name)));
     let paths = match path.is_file() {
         true => vec![path.to_path_buf()],
         false => [vec![path.join("config.json")], landmark_models::llama::weight_files(path)?].concat(),
@@ -236,5 +291,5 @@ fn files(path: &Path) -> anyhow::Result<Vec<(String, u64, u64)>> {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         Ok((name, metadata.len(), time.map_or(0, |time| time.as_nanos() as u64)))
     };
-    paths.into_iter().map(file).collect()
+    paths.into_iter().chain(adapter.into_iter().flatten()).map(file).collect()
 }

@@ -27,13 +27,15 @@ use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use candle_core::Tensor;
 use landmark_attention::Rope;
 
 use crate::cache::LandmarkCache;
 use crate::codec::{BlockType, Codec};
 use crate::config::CacheConfig;
 use crate::paged::{Paged, Scoring, Tiers};
-use crate::segments::{self, Segments, Shape};
+use crate::pooled::{PoolTier, Pooled};
+use crate::segments::{self, BlockRecord, Segments, Shape};
 use crate::store::BlockStore;
 use crate::{Error, Result};
 use folder::{build, copy, remove, replace, sync_folder};
@@ -62,6 +64,12 @@ pub struct Session {
     tokens: Vec<u32>,
     notes: Vec<String>,
     _lock: Lock,
+}
+
+/// A text that was read: its blocks by first token and number of tokens, and what comes after them.
+struct Text {
+    blocks: Vec<(usize, u32)>,
+    tail: Tail,
 }
 
 /// What a session is made with.
@@ -210,10 +218,48 @@ impl Session {
         ram: usize,
         scoring: Scoring,
     ) -> Result<(LandmarkCache, Option<Vec<f32>>)> {
+        let (paged, text) = self.restore(&config, &rope, ram, scoring, |_| {})?;
+        Ok(self.go_on(LandmarkCache::with_store(config, rope, BlockStore::Paged(Box::new(paged))), text))
+    }
+
+    /// The same with a pool on the device that computes, in the pool's dtype; `ram` bytes hold encoded blocks that were read from disk. All
+    /// landmarks are scored.
+    ///
+    /// # Errors
+    /// Those of [`Self::cache`]; too little memory on the device.
+    pub fn cache_with_pool(
+        &self,
+        config: CacheConfig,
+        rope: Rope,
+        ram: usize,
+        pool: PoolTier,
+    ) -> Result<(LandmarkCache, Option<Vec<f32>>)> {
+        let mut landmarks = Vec::new();
+        let each = |record: &BlockRecord| landmarks.extend_from_slice(&record.landmarks);
+        let (paged, mut text) = self.restore(&config, &rope, 0, Scoring::Exact, each)?;
+        let on_device = |x: &Tensor| x.to_device(&pool.device)?.to_dtype(pool.dtype);
+        let on_device = |layer: &Option<(Tensor, Tensor)>| match layer {
+            Some((keys, values)) => Ok(Some((on_device(keys)?, on_device(values)?))),
+            None => Ok(None),
+        };
+        text.tail.layers = text.tail.layers.iter().map(on_device).collect::<Result<_>>()?;
+        let store = Pooled::new(&config, paged, ram, pool.clone(), &landmarks)?;
+        Ok(self.go_on(LandmarkCache::with_store(config, rope, BlockStore::Pooled(Box::new(store))), text))
+    }
+
+    /// What is on disk; `each` is told the blocks.
+    fn restore(
+        &self,
+        config: &CacheConfig,
+        rope: &Rope,
+        ram: usize,
+        scoring: Scoring,
+        mut each: impl FnMut(&BlockRecord),
+    ) -> Result<(Paged, Text)> {
         config.check()?;
         let tiers = Tiers { of: self.shape.codec.of, ram, scoring };
         let segments = Segments::new(&self.folder, self.shape);
-        let mut paged = Paged::new(&config, rope.head_dim(), tiers, Some(segments))?;
+        let mut paged = Paged::new(config, rope.head_dim(), tiers, Some(segments))?;
         let mut blocks = Vec::new();
         let total = self.last.blocks as usize;
         let idx = |number: u64| self.folder.join(&segments::names(number as usize / self.shape.per_segment)[1]);
@@ -227,6 +273,7 @@ impl Session {
                 return Err(Error::damaged(&idx(record.number), what));
             };
             blocks.push((record.start as usize, tokens.len() as u32));
+            each(record);
             Ok(())
         })?;
         // Without it, or with another text's, it is built again.
@@ -234,16 +281,19 @@ impl Session {
             paged.restore_index(&bytes);
         }
         let tail = self.read_tail()?;
-        let finished_tokens = self.tokens.len().checked_sub(tail.tokens());
-        let Some(finished_tokens) = finished_tokens else {
+        if tail.tokens() > self.tokens.len() {
             return Err(Error::damaged(
                 &self.folder.join(tail_name(self.last.tail)),
                 "it has more tokens than the text",
             ));
-        };
-        let mut cache = LandmarkCache::with_store(config, rope, BlockStore::Paged(Box::new(paged)));
-        cache.restore(&blocks, total, finished_tokens, tail.layers);
-        Ok((cache, Some(tail.hidden).filter(|hidden| !hidden.is_empty())))
+        }
+        Ok((paged, Text { blocks, tail }))
+    }
+
+    /// A cache over the blocks goes on where the text ended; and the last hidden state.
+    fn go_on(&self, mut cache: LandmarkCache, Text { blocks, tail }: Text) -> (LandmarkCache, Option<Vec<f32>>) {
+        cache.restore(&blocks, self.last.blocks as usize, self.tokens.len() - tail.tokens(), tail.layers);
+        (cache, Some(tail.hidden).filter(|hidden| !hidden.is_empty()))
     }
 
     /// Makes durable what the cache has read since: the text's next tokens, and the model's last hidden state. `append_from` is the
@@ -260,7 +310,7 @@ impl Session {
         last: bool,
     ) -> Result<()> {
         let (store, unfinished) = cache.parts();
-        let BlockStore::Paged(paged) = store else {
+        let Some(paged) = store.paged() else {
             let reason = "the cache is not this session's".to_string();
             return Err(Error::Session { path: self.folder.clone(), reason });
         };

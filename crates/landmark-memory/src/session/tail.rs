@@ -4,7 +4,7 @@
 //! state, 0 for none; then floats of 4 bytes: the hidden state `[C]`, and for each layer keys (before rotation) and values
 //! `[kv_heads, u, head_dim]`. They are as the model gave them, whatever the type of the blocks. The journal has the length and the checksum.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::segments::Shape;
 
@@ -33,8 +33,8 @@ impl Tail {
         let mut put = |numbers: &[f32]| numbers.iter().for_each(|x| bytes.extend(x.to_le_bytes()));
         put(hidden);
         for (keys, values) in layers.iter().flatten() {
-            put(&keys.flatten_all()?.to_vec1::<f32>()?);
-            put(&values.flatten_all()?.to_vec1::<f32>()?);
+            put(&keys.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?);
+            put(&values.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?);
         }
         Ok(bytes)
     }

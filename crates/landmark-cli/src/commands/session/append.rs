@@ -1,9 +1,8 @@
 //! `landmark session append`: reads a text into a session, chunk by chunk, each of which stays.
 
-use super::Opening;
 use crate::interrupt;
 use crate::machine::peak_memory;
-use crate::reader::{Reader, open_session};
+use crate::reader::{Reader, SessionFlags, open_session};
 use crate::reading::{ReadingBar, grouped, rate};
 use crate::text_pieces::TextPieces;
 use anyhow::{Context, bail};
@@ -21,7 +20,7 @@ const PIECE: u64 = 1 << 16;
 #[command(rename_all = "snake_case")]
 pub struct Args {
     #[command(flatten)]
-    opening: Opening,
+    how: SessionFlags,
     /// The text, of any length; - is standard input
     #[arg(long, value_name = "FILE", required_unless_present = "tokens", conflicts_with = "tokens")]
     file: Option<PathBuf>,
@@ -45,8 +44,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         bail!("--max_tokens 0: expected at least 1");
     }
     let mut source = Source::open(&args)?;
-    let Opening { session: folder, checkpoint, ram, measure_recall } = &args.opening;
-    let (mut session, mut reader) = open_session(folder, checkpoint.as_deref(), *ram, false, *measure_recall)?;
+    let (mut session, mut reader) = open_session(&args.how, false)?;
     source.check(&reader)?;
     let from = match session.append_from().filter(|_| !args.new_text) {
         Some(from) => from,
@@ -71,7 +69,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let mut exit = ExitCode::SUCCESS;
     if interrupt::requested() {
         reader.commit(&mut session, &[], Some(from), true)?;
-        eprintln!("{}: interrupted; the same command goes on", args.opening.session.display());
+        eprintln!("{}: interrupted; the same command goes on", args.how.session.display());
         exit = ExitCode::from(interrupt::EXIT_CODE);
     } else {
         append.finish()?;
@@ -81,12 +79,13 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let (loaded, found) = reader.loads();
     let memory = peak_memory().map_or(String::new(), |bytes| format!(", at most {} MB of memory", bytes >> 20));
     eprintln!(
-        "{} tokens read at {} tok/s; the session has {} tokens in {} blocks; {:.0} % of blocks were found in RAM{memory}",
+        "{} tokens read at {} tok/s; the session has {} tokens in {} blocks; {:.0} % of blocks were found {}{memory}",
         grouped(append.read),
         grouped(rate(append.read, begun.elapsed())),
         grouped(session.tokens().len()),
         grouped(session.status().blocks as usize),
-        100. * found as f64 / (loaded + found).max(1) as f64
+        100. * found as f64 / (loaded + found).max(1) as f64,
+        reader.tier()
     );
     if let Some(line) = reader.recall_line() {
         eprintln!("{line}");

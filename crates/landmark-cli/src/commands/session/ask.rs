@@ -1,8 +1,7 @@
 //! `landmark session ask`: goes on with the text of a session.
 
-use super::Opening;
 use crate::interrupt;
-use crate::reader::open_session;
+use crate::reader::{SessionFlags, open_session};
 use crate::reading::most_read;
 use crate::sampling::{Sampler, SamplingFlags};
 use anyhow::bail;
@@ -16,7 +15,7 @@ use std::time::Instant;
 #[command(rename_all = "snake_case")]
 pub struct Args {
     #[command(flatten)]
-    opening: Opening,
+    how: SessionFlags,
     /// What comes after the session's text, to be gone on with
     #[arg(long, value_name = "TEXT")]
     prompt: String,
@@ -46,8 +45,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     let begun = Instant::now();
     args.sampling.check()?;
-    let Opening { session: folder, checkpoint, ram, measure_recall } = &args.opening;
-    let (mut session, mut reader) = open_session(folder, checkpoint.as_deref(), *ram, args.exact, *measure_recall)?;
+    let (mut session, mut reader) = open_session(&args.how, args.exact)?;
     let mut sampler = Sampler::new(&args.sampling, reader.sampling())?;
     if args.keep && session.append_from().is_some() {
         bail!("--keep is refused: a text was cut short in its appending; append it to its end first");
@@ -62,7 +60,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         bail!("--prompt is empty");
     }
     reader.read(&new, |_| !interrupt::requested())?;
-    reader.trace_reads();
+    // It takes its time: what was read has to come from the device for it.
+    if args.show_blocks.is_some() {
+        reader.trace_reads();
+    }
     let prompt = new.len();
     let (mut decoder, mut text, mut first) = (tokenizer.decoder(), String::new(), None);
     let mut out = std::io::stdout().lock();
@@ -104,10 +105,12 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
                 "weight": read.weight, "text": words,
             }))
         });
+        let (loaded, found) = reader.loads();
         let mut answer = json!({
             "answer": text + &rest, "tokens": new.len() - prompt, "session_tokens": session.tokens().len(),
             "seconds_to_first_token": first.map(|time| time.as_secs_f64()), "kept": args.keep,
             "milliseconds_per_token": per_token.map(|time| 1e3 * time),
+            "units_loaded": loaded, "units_found": found,
         });
         if args.show_blocks.is_some() {
             answer["blocks"] = blocks.collect::<anyhow::Result<_>>()?;

@@ -155,6 +155,9 @@ pub fn show(args: Show) -> anyhow::Result<ExitCode> {
             about.model.display(),
             &about.model_hash[..16.min(about.model_hash.len())]
         )?;
+        if let Some(adapter) = &about.adapter {
+            writeln!(out, "         with the adapter in {}", adapter.display())?;
+        }
         writeln!(
             out,
             "text     {} tokens in {} blocks",
@@ -190,7 +193,7 @@ pub fn show(args: Show) -> anyhow::Result<ExitCode> {
 
 /// The tokenizer that a session's text was read with.
 fn tokenizer(about: &About) -> anyhow::Result<Tokenizer> {
-    let tokenizer = reader::tokenizer(&about.model, None, about.tokenizer.as_deref())?;
+    let tokenizer = reader::tokenizer(&about.model, about.adapter.as_deref(), about.tokenizer.as_deref())?;
     if tokenizer.fingerprint().to_string() != about.tokenizer_hash {
         bail!("the tokenizer of {} is not the one that the session's text was read with", about.model.display());
     }

@@ -5,7 +5,7 @@ mod ask;
 mod manage;
 
 use crate::args::bytes;
-use crate::reader::{About, CacheFlags};
+use crate::reader::{About, CacheFlags, ModelFlags};
 use clap::Subcommand;
 use landmark_memory::BlockType;
 use landmark_memory::session::Settings;
@@ -37,7 +37,7 @@ enum Action {
     /// Make a session of a model
     Create(Box<Create>),
     /// Read a text into a session
-    Append(append::Args),
+    Append(Box<append::Args>),
     /// Go on with the text of a session, which stays as it is
     Ask(Box<ask::Args>),
     /// List the sessions in a folder
@@ -54,24 +54,6 @@ enum Action {
     Repair(manage::Repair),
 }
 
-/// How much of a session is in RAM.
-#[derive(clap::Args, Clone, Debug)]
-#[command(rename_all = "snake_case")]
-pub struct Opening {
-    /// The session's folder
-    #[arg(value_name = "DIR")]
-    session: PathBuf,
-    /// The model, if it is no longer where it was
-    #[arg(long, value_name = "MODEL")]
-    checkpoint: Option<PathBuf>,
-    /// RAM for blocks that are in use, such as 500MB or 2GiB; what one chunk reads in one layer is in RAM at least
-    #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "256MiB")]
-    ram: u64,
-    /// Score all landmarks beside those that the index finds, and tell what it missed
-    #[arg(long)]
-    measure_recall: bool,
-}
-
 /// Flags of `landmark session create`.
 #[derive(clap::Args)]
 #[command(rename_all = "snake_case")]
@@ -79,12 +61,8 @@ struct Create {
     /// The session's folder, which is made
     #[arg(value_name = "DIR")]
     session: PathBuf,
-    /// The model: a checkpoint's folder, a Hugging Face folder, a GGUF file, or the name of a model in the Hugging Face cache
-    #[arg(long, value_name = "MODEL", visible_alias = "model_name_or_path")]
-    checkpoint: PathBuf,
-    /// gpt2, bytes, or the path of a tokenizer.json, for a model without a tokenizer.json
-    #[arg(long, value_name = "FILE")]
-    tokenizer: Option<String>,
+    #[command(flatten)]
+    model: ModelFlags,
     /// How keys and values are kept: float32 (exact), bfloat16, or int8
     #[arg(long, value_name = "TYPE", default_value = "float32")]
     block_dtype: BlockType,
@@ -102,9 +80,9 @@ struct Create {
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.action {
         Action::Create(args) => {
-            let Create { session, checkpoint, tokenizer, block_dtype, disk, exact, cache } = *args;
+            let Create { session, model, block_dtype, disk, exact, cache } = *args;
             let settings = Settings { block_type: block_dtype, disk_limit: disk, blocks_per_segment: None };
-            let about = About::create(&session, &checkpoint, tokenizer.as_deref(), &cache, exact, settings)?;
+            let about = About::create(&session, &model, &cache, exact, settings)?;
             eprintln!(
                 "{}: reads with {}, {} tokens at a time, blocks in {}",
                 session.display(),
@@ -114,7 +92,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
             );
             Ok(ExitCode::SUCCESS)
         }
-        Action::Append(args) => append::run(args),
+        Action::Append(args) => append::run(*args),
         Action::Ask(args) => ask::run(*args),
         Action::List(args) => manage::list(args),
         Action::Show(args) => manage::show(args),
