@@ -89,7 +89,7 @@ fn passkey_counts_every_prompt_in_table_json_csv_and_plot() {
     }
     let csv = fs::read_to_string(MODEL.path().join("found.csv")).unwrap();
     let (head, rows) = csv.split_once('\n').unwrap();
-    assert_eq!(head, "length,trial,lm_cache,top_k,selection,depth,key,answer,right,seconds");
+    assert_eq!(head, "length,trial,lm_cache,top_k,selection,depth,key,answer,right,seconds,session");
     for start in ["300,0,mem,3,per_token_and_head,", "900,2,mem,3,max_over_tokens,", "900,1,none,,,"] {
         assert!(rows.starts_with(start) || rows.contains(&format!("\n{start}")), "{start}: {csv}");
     }
@@ -122,6 +122,26 @@ fn passkey_asks_for_one_of_several_keys() {
     let json = fs::read_to_string(MODEL.path().join("several.json")).unwrap();
     let all: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert_eq!((&all["keys"], all["results"][0]["trials"].as_array().unwrap().len()), (&4.into(), 2));
+}
+
+/// Sessions are asked in two ways, and what they took of the disk is given back.
+#[cfg(unix)]
+#[test]
+fn passkey_through_sessions() {
+    let flags = "--lengths 900 --trials 2 --sessions read --ram 0 --block_dtype int8 --device cpu --out through --csv through.csv";
+    let table = text(&format!("passkey {CHECKPOINT} --filler book.txt {flags}"), "");
+    assert!(table.contains("session, index ") && table.contains("session, all landmarks scored "), "{table}");
+    let csv = fs::read_to_string(MODEL.path().join("through.csv")).unwrap();
+    // Of so few blocks all landmarks are scored in any case: the answers are the same.
+    let answers = |way: &str| -> Vec<String> {
+        let lines = csv.lines().filter(|line| line.ends_with(way));
+        lines.map(|line| line.split(',').take(8).collect::<Vec<_>>().join(",")).collect()
+    };
+    assert_eq!(answers(",index"), answers(",all landmarks scored"));
+    assert_eq!(answers(",index").len(), 2, "{csv}");
+    assert_eq!(fs::read_dir(MODEL.path().join("read")).unwrap().count(), 0);
+    let refused = error(&format!("passkey {CHECKPOINT} --lengths 900 --block_dtype int8"));
+    assert!(refused.contains("--sessions"), "{refused}");
 }
 
 /// What was finished before an interruption is not done again.

@@ -3,6 +3,7 @@
 mod ask;
 mod prompt;
 mod results;
+mod sessions;
 
 use crate::interrupt;
 use crate::kept::{self, Folder};
@@ -80,11 +81,13 @@ pub struct Args {
     #[arg(long, value_name = "FILE", help_heading = "Results")]
     plot: Option<PathBuf>,
     #[command(flatten)]
+    sessions: sessions::Flags,
+    #[command(flatten)]
     cache: CacheFlags,
 }
 
 /// All that decides the answers of a cell, but for the number of its prompts.
-#[derive(Serialize, Deserialize, PartialEq)]
+#[derive(Clone, Serialize, Deserialize, PartialEq)]
 struct Key {
     version: u32,
     setting: Setting,
@@ -101,6 +104,9 @@ struct Key {
     /// What begins a text.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     begin: Vec<u32>,
+    /// How a session kept its blocks, and which landmarks were scored when it was asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    session: Option<(String, String)>,
 }
 
 /// The meaning of kept answers: raised when the test changes.
@@ -113,6 +119,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let model = reader::load(&folder, adapter, args.model.device)?;
     let Pretrained { tokenizer, begin, .. } = reader::pretrained(&folder, adapter, args.model.tokenizer.as_deref())?;
     reader::check_vocabulary(model.outline().vocab_size, &tokenizer)?;
+    if args.sessions.sessions.is_some() && !model.device().is_cpu() {
+        bail!("--sessions: sessions are read on the CPU; give --device cpu");
+    }
     let ways = ways(&args, &model)?;
     let filler = match &args.filler {
         None => Filler::garbage(&tokenizer)?,
@@ -149,11 +158,17 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
             filler: filler_hash.clone(),
             tokenizer: tokenizer.fingerprint().to_string(),
             begin: begin.clone(),
+            session: None,
         };
         let what = format!("[{}/{count}] {} tokens", number + 1, grouped(length));
-        let cell = compute(&key, reading, &args, &model, &prompts, &kept, &what)?;
-        print!("{}", cell.line(number.is_multiple_of(ways.len())));
-        results.cells.push(cell);
+        let cells = match args.sessions.sessions {
+            Some(_) => compute_sessions(&key, &reading, &args, &prompts, &kept, &what)?,
+            None => vec![compute(&key, reading, &args, &model, &prompts, &kept, &what)?],
+        };
+        for (way, cell) in cells.into_iter().enumerate() {
+            print!("{}", cell.line(way == 0 && number.is_multiple_of(ways.len())));
+            results.cells.push(cell);
+        }
         if interrupt::requested() {
             break;
         }
@@ -183,6 +198,9 @@ fn check(args: &Args) -> anyhow::Result<()> {
     }
     if args.batch_size == 0 {
         bail!("--batch_size 0: expected at least 1");
+    }
+    if args.sessions.sessions.is_some() && args.model.adapter.is_some() {
+        bail!("--sessions: a session takes no --adapter; `landmark merge` makes one model of the two");
     }
     if !(1..=MOST_KEYS).contains(&args.keys) {
         bail!("--keys {}: expected 1 to {MOST_KEYS}", args.keys);
@@ -273,7 +291,49 @@ fn compute(
     // More may be kept than are asked for.
     trials.retain(|trial| trial.trial < args.trials);
     trials.sort_by_key(|trial| trial.trial);
-    Ok(Cell { length, setting: reading.setting, trials })
+    Ok(Cell { length, setting: reading.setting, session: None, trials })
+}
+
+/// The same through sessions, a cell for each way in which they are asked.
+fn compute_sessions(
+    key: &Key,
+    reading: &Reading,
+    args: &Args,
+    prompts: &Prompts,
+    kept: &Folder,
+    what: &str,
+) -> anyhow::Result<Vec<Cell>> {
+    let keys = sessions::WAYS.map(|way| {
+        let session = Some((args.sessions.block_dtype.name().to_string(), way.to_string()));
+        Key { session, ..key.clone() }
+    });
+    let mut known: Vec<Vec<Trial>> =
+        keys.iter().map(|key| anyhow::Ok(kept.get(key)?.unwrap_or_default())).collect::<Result<_, _>>()?;
+    let has =
+        |known: &[Vec<Trial>], number| known.iter().all(|trials| trials.iter().any(|trial| trial.trial == number));
+    let missing: Vec<u64> = (0..args.trials).filter(|&number| !has(&known, number)).collect();
+    let mut bar = ReadingBar::new(what, Some((missing.len() * key.length) as u64));
+    for (done, &number) in missing.iter().enumerate() {
+        let prompt = prompts.prompt(key.length, number)?;
+        let answers = sessions::answers(&args.model, &reading.flags, &args.sessions, number, &prompt, |tokens| {
+            let read = done * key.length + tokens;
+            bar.set(read as u64, read);
+            !interrupt::requested()
+        })?;
+        let Some(answers) = answers else { break };
+        for ((key, known), answer) in keys.iter().zip(&mut known).zip(answers) {
+            known.retain(|trial| trial.trial != number);
+            known.push(answer);
+            kept.put(key, known)?;
+        }
+    }
+    bar.finish();
+    let cell = |(mut trials, way): (Vec<Trial>, &'static str)| {
+        trials.retain(|trial| trial.trial < args.trials);
+        trials.sort_by_key(|trial| trial.trial);
+        Cell { length: key.length, setting: reading.setting.clone(), session: Some(way), trials }
+    };
+    Ok(known.into_iter().zip(sessions::WAYS).map(cell).collect())
 }
 
 /// How many prompts may be read at once.

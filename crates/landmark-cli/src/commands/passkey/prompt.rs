@@ -119,6 +119,8 @@ pub struct Prompt {
     pub key: u64,
     /// The first token of the sentence that tells it.
     pub told_at: usize,
+    /// The first token of the question, which is the rest.
+    pub asked_at: usize,
 }
 
 /// What the prompts of a test have in common.
@@ -188,8 +190,9 @@ impl Prompts<'_> {
             tokens.extend(told);
         }
         tokens.extend(filler.from(from(done), around - done));
+        let asked_at = tokens.len();
         tokens.extend(question);
-        Ok(Prompt { tokens, key, told_at })
+        Ok(Prompt { tokens, key, told_at, asked_at })
     }
 }
 

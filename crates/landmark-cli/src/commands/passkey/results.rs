@@ -35,6 +35,8 @@ pub struct Cell {
     pub length: usize,
     /// How it was read.
     pub setting: Setting,
+    /// If it was read into sessions: which landmarks were scored when they were asked.
+    pub session: Option<&'static str>,
     /// The prompts.
     pub trials: Vec<Trial>,
 }
@@ -57,6 +59,9 @@ impl Cell {
 
     /// How it was read, in a few words.
     fn way(&self) -> String {
+        if let Some(way) = self.session {
+            return format!("session, {way}");
+        }
         match (self.setting.lm_cache.as_str(), self.setting.cache_topk, &self.setting.cache_selection_method) {
             ("mem", Some(k), Some(method)) => format!("{k} blocks, {method}"),
             ("none", ..) => "the last window alone".into(),
@@ -107,6 +112,7 @@ impl Results {
                 "length": cell.length,
                 "way": cell.way(),
                 "setting": cell.setting,
+                "session": cell.session,
                 "right": cell.right(),
                 "accuracy": (!cell.trials.is_empty()).then(|| cell.accuracy()),
                 "tok_per_s": (!cell.trials.is_empty()).then(|| cell.tok_per_s()),
@@ -127,15 +133,16 @@ impl Results {
 
     /// A line for each prompt. An answer is quoted as RFC 4180 has it.
     pub fn csv(&self) -> String {
-        let mut text = String::from("length,trial,lm_cache,top_k,selection,depth,key,answer,right,seconds\n");
-        for Cell { length, setting, trials } in &self.cells {
+        let mut text = String::from("length,trial,lm_cache,top_k,selection,depth,key,answer,right,seconds,session\n");
+        for Cell { length, setting, session, trials } in &self.cells {
             let top_k = setting.cache_topk.map(|k| k.to_string()).unwrap_or_default();
+            let session = session.unwrap_or_default();
             let (lm_cache, selection) = (&setting.lm_cache, setting.cache_selection_method.as_deref().unwrap_or(""));
             for trial in trials {
                 let Trial { trial: number, depth, key, answer, seconds } = trial;
                 let (answer, right) = (answer.replace('"', "\"\""), trial.is_right());
                 let line = format!(
-                    "{length},{number},{lm_cache},{top_k},{selection},{depth:.4},{key},\"{answer}\",{right},{seconds:.3}"
+                    "{length},{number},{lm_cache},{top_k},{selection},{depth:.4},{key},\"{answer}\",{right},{seconds:.3},{session}"
                 );
                 writeln!(text, "{line}").expect("a string takes it");
             }
