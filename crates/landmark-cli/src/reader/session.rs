@@ -72,6 +72,13 @@ pub struct SessionFlags {
     measure_recall: bool,
 }
 
+impl SessionFlags {
+    /// A session where it was made, with so many bytes of RAM for blocks.
+    pub fn of(session: PathBuf, device: DeviceFlags, ram: u64) -> Self {
+        Self { session, checkpoint: None, adapter: None, device, ram, gpu_memory: None, measure_recall: false }
+    }
+}
+
 /// `--gpu_memory` where it is left out.
 const GPU_MEMORY: u64 = 2 << 30;
 

@@ -4,13 +4,13 @@ use super::prompt::Prompt;
 use super::results::Trial;
 use crate::args::bytes;
 use crate::interrupt;
-use crate::reader::{About, CacheFlags, ModelFlags, Reader, open_session};
+use crate::reader::{About, CacheFlags, ModelFlags, Reader, SessionFlags, open_session};
 use crate::sampling::Sampler;
 use anyhow::Context;
 use landmark_memory::BlockType;
 use landmark_memory::session::Settings;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// How sessions are made.
 #[derive(clap::Args, Clone, Debug)]
@@ -45,13 +45,14 @@ pub fn answers(
     std::fs::create_dir_all(parent).with_context(|| format!("--sessions: cannot make {}", parent.display()))?;
     let folder = parent.join(format!("passkey-{}-{number}", std::process::id()));
     let settings = Settings { block_type: flags.block_dtype, disk_limit: None, blocks_per_segment: None };
-    About::create(&folder, &model.checkpoint, model.tokenizer.as_deref(), cache, false, settings)?;
+    About::create(&folder, model, cache, false, settings)?;
     // Whatever happens, what is tens of gigabytes does not stay.
     let _removed = Removed(&folder);
 
     let (text, question) = prompt.tokens.split_at(prompt.asked_at);
     let begun = Instant::now();
-    let (mut session, mut reader) = open_session(&folder, None, flags.ram, false, false)?;
+    let how = SessionFlags::of(folder.clone(), model.device, flags.ram);
+    let (mut session, mut reader) = open_session(&how, false)?;
     let mut read = 0;
     for chunk in text.chunks(reader.chunk()) {
         reader.read(chunk, |_| true)?;
@@ -67,7 +68,7 @@ pub fn answers(
     let depth = prompt.told_at as f64 / prompt.tokens.len() as f64;
     let ask = |exact| {
         let begun = Instant::now();
-        let (_session, mut reader) = open_session(&folder, None, flags.ram, exact, false)?;
+        let (_session, mut reader) = open_session(&how, exact)?;
         let answer = answer(&mut reader, question)?;
         let seconds = (reading + begun.elapsed()).as_secs_f64();
         anyhow::Ok(Trial { trial: number, depth, key: prompt.key, answer, seconds })
