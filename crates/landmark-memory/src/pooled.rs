@@ -45,7 +45,7 @@ pub struct Pooled {
     /// Made when queries come: they say how much one token reads.
     pool: Option<(Pool, Frames<Place>)>,
     /// Encoded units that are on disk.
-    ram: Frames<Box<[u8]>>,
+    ram: Frames<Vec<u8>>,
     seen: Seen,
 }
 
@@ -225,7 +225,7 @@ fn blocks<'a>(landmarks: &'a Ring<1>, lengths: Option<&'a [u32]>, pool: &'a Pool
 fn bring(
     units: &[UnitId],
     paged: &Paged,
-    ram: &mut Frames<Box<[u8]>>,
+    ram: &mut Frames<Vec<u8>>,
     pool: &mut Pool,
     frames: &mut Frames<Place>,
     dtype: DType,
@@ -247,13 +247,17 @@ fn bring(
 }
 
 /// Reads encoded units from disk, those that are side by side in a block at once.
-fn read(jobs: &mut [Job<Box<[u8]>>], paged: &Paged) -> Result<()> {
+fn read(jobs: &mut [Job<Vec<u8>>], paged: &Paged) -> Result<()> {
     let runs: Vec<_> = jobs.chunk_by_mut(|(a, _), (b, _)| a.record == b.record && a.unit + 1 == b.unit).collect();
     runs.into_par_iter().try_for_each_init(Vec::new, |buffer, run| {
         let UnitId { record, unit } = run[0].0;
+        if let [(_, data)] = run {
+            return paged.read(record, unit..unit + 1, data);
+        }
         paged.read(record, unit..unit + run.len(), buffer)?;
         for ((_, data), bytes) in run.iter_mut().zip(buffer.chunks_exact(paged.shape().codec.unit())) {
-            data.copy_from_slice(bytes);
+            data.clear();
+            data.extend_from_slice(bytes);
         }
         Ok(())
     })
