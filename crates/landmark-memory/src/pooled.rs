@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use crate::frames::{Frames, Job, Place, UnitId};
 use crate::paged::Paged;
 use crate::ring::Ring;
-use crate::{CacheConfig, Result};
+use crate::{CacheConfig, Error, Result};
 
 /// Blocks whose landmarks go to the device at once.
 const LANDMARKS: usize = 4096;
@@ -171,7 +171,8 @@ impl Pooled {
         let codec = shape.codec;
         let unit = codec.elements() * dtype.size_in_bytes();
         let frames = (self.tier.bytes / unit).max(least);
-        let pool = Pool::new(frames, codec.block, codec.head_dim, dtype, &self.tier.device)?;
+        let pool = Pool::new(frames, codec.block, codec.head_dim, dtype, &self.tier.device);
+        let pool = pool.map_err(|source| Error::Pool { bytes: frames * unit, source })?;
         Ok((pool, Frames::new(shape.units(), unit, frames * unit)))
     }
 
