@@ -151,21 +151,6 @@ fn a_session_with_a_pool_equals_a_cache_in_memory() {
     }
 }
 
-#[test]
-fn a_pool_without_room_is_an_error() {
-    let tiers = Tiers { of: BlockType::F32, ram: 0, scoring: Scoring::Exact };
-    let pool = PoolTier { device: Device::Cpu, dtype: DType::F32, bytes: usize::MAX };
-    let mut cache = LandmarkCache::in_tiers_with_pool(config(), rope(), tiers, pool).unwrap();
-    read(&mut cache, &text(0, 9));
-    // It is made when there is something to read.
-    let ids = Tensor::new(&text(9, 9)[..], &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-    for _ in 0..2 {
-        let error = cache.forward(&ids, model).unwrap_err().to_string();
-        assert!(error.contains("--gpu_memory") && error.contains("cannot be set up"), "{error}");
-        assert_eq!(cache.finished_blocks(), 2);
-    }
-}
-
 #[derive(Debug, Clone)]
 enum Operation {
     /// Read so many tokens and commit them; wait for the disk or not.
