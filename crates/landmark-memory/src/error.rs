@@ -41,6 +41,14 @@ pub enum Error {
         /// Layers that the cache was made for.
         layers: usize,
     },
+    /// A pool cannot be set up on the device that computes.
+    #[error("a pool of {bytes} bytes for blocks (--gpu_memory) cannot be set up: {source}")]
+    Pool {
+        /// Its size.
+        bytes: usize,
+        /// Why not.
+        source: landmark_attention::Error,
+    },
     /// A file cannot be read or written.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {

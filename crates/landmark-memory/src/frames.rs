@@ -31,11 +31,11 @@ impl Buffer for Box<[f32]> {
 }
 
 /// Encoded.
-impl Buffer for Box<[u8]> {
+impl Buffer for Vec<u8> {
     const ELEMENT: usize = 1;
 
     fn new(elements: usize, _: usize) -> Self {
-        vec![0; elements].into_boxed_slice()
+        Vec::with_capacity(elements)
     }
 }
 

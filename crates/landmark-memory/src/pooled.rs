@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use crate::frames::{Frames, Job, Place, UnitId};
 use crate::paged::Paged;
 use crate::ring::Ring;
-use crate::{CacheConfig, Result};
+use crate::{CacheConfig, Error, Result};
 
 /// Blocks whose landmarks go to the device at once.
 const LANDMARKS: usize = 4096;
@@ -45,7 +45,7 @@ pub struct Pooled {
     /// Made when queries come: they say how much one token reads.
     pool: Option<(Pool, Frames<Place>)>,
     /// Encoded units that are on disk.
-    ram: Frames<Box<[u8]>>,
+    ram: Frames<Vec<u8>>,
     seen: Seen,
 }
 
@@ -171,7 +171,8 @@ impl Pooled {
         let codec = shape.codec;
         let unit = codec.elements() * dtype.size_in_bytes();
         let frames = (self.tier.bytes / unit).max(least);
-        let pool = Pool::new(frames, codec.block, codec.head_dim, dtype, &self.tier.device)?;
+        let pool = Pool::new(frames, codec.block, codec.head_dim, dtype, &self.tier.device);
+        let pool = pool.map_err(|source| Error::Pool { bytes: frames * unit, source })?;
         Ok((pool, Frames::new(shape.units(), unit, frames * unit)))
     }
 
@@ -225,7 +226,7 @@ fn blocks<'a>(landmarks: &'a Ring<1>, lengths: Option<&'a [u32]>, pool: &'a Pool
 fn bring(
     units: &[UnitId],
     paged: &Paged,
-    ram: &mut Frames<Box<[u8]>>,
+    ram: &mut Frames<Vec<u8>>,
     pool: &mut Pool,
     frames: &mut Frames<Place>,
     dtype: DType,
@@ -247,13 +248,17 @@ fn bring(
 }
 
 /// Reads encoded units from disk, those that are side by side in a block at once.
-fn read(jobs: &mut [Job<Box<[u8]>>], paged: &Paged) -> Result<()> {
+fn read(jobs: &mut [Job<Vec<u8>>], paged: &Paged) -> Result<()> {
     let runs: Vec<_> = jobs.chunk_by_mut(|(a, _), (b, _)| a.record == b.record && a.unit + 1 == b.unit).collect();
     runs.into_par_iter().try_for_each_init(Vec::new, |buffer, run| {
         let UnitId { record, unit } = run[0].0;
+        if let [(_, data)] = run {
+            return paged.read(record, unit..unit + 1, data);
+        }
         paged.read(record, unit..unit + run.len(), buffer)?;
         for ((_, data), bytes) in run.iter_mut().zip(buffer.chunks_exact(paged.shape().codec.unit())) {
-            data.copy_from_slice(bytes);
+            data.clear();
+            data.extend_from_slice(bytes);
         }
         Ok(())
     })

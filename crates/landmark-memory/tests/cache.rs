@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use landmark_attention::{Attend, LandmarkParams, Landmarks, Pairs, Rope, landmark_attention, reference};
-use landmark_memory::{CacheConfig, ContextMiss, LandmarkCache, Selection};
+use landmark_memory::{BlockType, CacheConfig, ContextMiss, LandmarkCache, PoolTier, Scoring, Selection, Tiers};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
@@ -476,6 +476,22 @@ fn a_failed_chunk_leaves_the_cache_as_it_was() {
     let next =
         |cache: &mut LandmarkCache| cache.forward(&tokens, |_, attention| text.run(attention, 27, 28, None)).unwrap();
     assert_eq!(off(&next(&mut cache), &next(&mut twin)), 0.);
+}
+
+#[test]
+fn a_pool_without_room_is_an_error() {
+    let text = Text::new(1, 1, 1, 60);
+    let tiers = Tiers { of: BlockType::F32, ram: 0, scoring: Scoring::Exact };
+    let pool = PoolTier { device: CPU, dtype: DType::F32, bytes: usize::MAX };
+    let mut cache = LandmarkCache::in_tiers_with_pool(config(1, 1, 4, 2), rope(), tiers, pool).unwrap();
+    let tokens = Tensor::zeros((1, 22), DType::U32, &CPU).unwrap();
+    cache.forward(&tokens, |_, attention| text.run(attention, 0, 27, None)).unwrap();
+    // It is made when there is something to read.
+    for _ in 0..2 {
+        let error = cache.forward(&tokens, |_, attention| text.run(attention, 27, 28, None)).unwrap_err().to_string();
+        assert!(error.contains("--gpu_memory") && error.contains("cannot be set up"), "{error}");
+        assert_eq!(cache.finished_blocks(), 5);
+    }
 }
 
 #[test]

@@ -285,7 +285,7 @@ fn tiers_below_a_pool_have_the_bits_of_a_cache_in_memory() {
                     let got = bits(&read_with(&mut cache, &setting, &text, &CHUNKS, &device));
                     assert!(got == expected, "{what}");
                     let (sent, found) = cache.loads();
-                    assert!(if frames < 1000 { sent > 60 } else { found > sent }, "{what}: {sent} sent, {found} found");
+                    assert!(sent > frames.min(60) as u64 && found > 0, "{what}: {sent} sent, {found} found");
                 }
             }
         }

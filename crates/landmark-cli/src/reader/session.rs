@@ -59,8 +59,6 @@ pub struct SessionFlags {
     /// The model's adapter, if it is no longer where it was
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
-    #[command(flatten)]
-    device: DeviceFlags,
     /// RAM for blocks that are in use, such as 500MB or 2GiB; what one chunk reads in one layer is in RAM at least
     #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "256MiB")]
     ram: u64,
@@ -70,6 +68,8 @@ pub struct SessionFlags {
     /// Score all landmarks beside those that the index finds, and tell what it missed
     #[arg(long)]
     measure_recall: bool,
+    #[command(flatten)]
+    device: DeviceFlags,
 }
 
 impl SessionFlags {

@@ -19,8 +19,6 @@ const PIECE: u64 = 1 << 16;
 #[derive(clap::Args)]
 #[command(rename_all = "snake_case")]
 pub struct Args {
-    #[command(flatten)]
-    how: SessionFlags,
     /// The text, of any length; - is standard input
     #[arg(long, value_name = "FILE", required_unless_present = "tokens", conflicts_with = "tokens")]
     file: Option<PathBuf>,
@@ -36,6 +34,8 @@ pub struct Args {
     /// Another text was cut short in its appending: take it as it is, and begin this one
     #[arg(long)]
     new_text: bool,
+    #[command(flatten)]
+    how: SessionFlags,
 }
 
 /// Appends.

@@ -14,8 +14,6 @@ use std::time::Instant;
 #[derive(clap::Args)]
 #[command(rename_all = "snake_case")]
 pub struct Args {
-    #[command(flatten)]
-    how: SessionFlags,
     /// What comes after the session's text, to be gone on with
     #[arg(long, value_name = "TEXT")]
     prompt: String,
@@ -34,6 +32,8 @@ pub struct Args {
     /// Print the answer, and the blocks with --show_blocks, as one line of JSON
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    how: SessionFlags,
     #[command(flatten)]
     sampling: SamplingFlags,
 }

@@ -61,8 +61,6 @@ struct Create {
     /// The session's folder, which is made
     #[arg(value_name = "DIR")]
     session: PathBuf,
-    #[command(flatten)]
-    model: ModelFlags,
     /// How keys and values are kept: float32 (exact), bfloat16, or int8
     #[arg(long, value_name = "TYPE", default_value = "float32")]
     block_dtype: BlockType,
@@ -72,6 +70,8 @@ struct Create {
     /// Score all landmarks, also of long texts, and none through an index
     #[arg(long)]
     exact: bool,
+    #[command(flatten)]
+    model: ModelFlags,
     #[command(flatten)]
     cache: CacheFlags,
 }
