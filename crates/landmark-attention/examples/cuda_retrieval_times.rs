@@ -2,7 +2,7 @@
 //! cuda_retrieval_times`.
 
 use candle_core::{DType, Device, Tensor};
-use landmark_attention::retrieval::{Blocks, Selection, SlotQueries, attend, select};
+use landmark_attention::retrieval::{Blocks, Kept, Selection, SlotQueries, attend, select};
 use landmark_attention::{LandmarkParams, Landmarks, landmark_attention_with_lse};
 
 const SELECTIONS: [Selection; 3] = [Selection::PerTokenAndHead, Selection::MaxOverHeads, Selection::MaxOverTokens];
@@ -47,8 +47,8 @@ fn main() -> candle_core::Result<()> {
                 for t in [255, 1] {
                     let queries = random(&[k + 1, 1, heads, t, d], dtype);
                     let queries = SlotQueries { queries: &queries, newest: k, scale: 0.1 };
-                    let blocks =
-                        Blocks { keys: &keys, values: &keys, landmarks: &landmarks, first: 0, len, lengths: None };
+                    let kept = Kept::Ring { keys: &keys, values: &keys };
+                    let blocks = Blocks { kept, landmarks: Some(&landmarks), first: 0, len, lengths: None };
                     let chosen = select(queries, blocks, k, Selection::default()).unwrap();
                     let selects = SELECTIONS.map(|selection| time(&|| select(queries, blocks, k, selection).unwrap()));
                     let attend = time(&|| attend(queries, blocks, &chosen).unwrap().out);

@@ -479,10 +479,11 @@ fn with_operands<T: Real + WithDType, R>(
     blocks: Blocks,
     f: impl FnOnce(Operands<T>) -> R,
 ) -> candle_core::Result<R> {
-    let mut tensors = vec![queries.queries, blocks.landmarks];
+    let mut tensors = vec![queries.queries];
     if let Kept::Ring { keys, values } = blocks.kept {
         tensors.extend([keys, values]);
     }
+    tensors.extend(blocks.landmarks);
     let guards: Vec<_> = tensors.into_iter().map(|t| t.storage_and_layout()).collect();
     let mut slices = Vec::with_capacity(4);
     for (storage, layout) in &guards {
@@ -495,10 +496,10 @@ fn with_operands<T: Real + WithDType, R>(
         shape,
         queries: slices[0],
         kept: match blocks.kept {
-            Kept::Ring { .. } => Slices::Ring { keys: slices[2], values: slices[3] },
+            Kept::Ring { .. } => Slices::Ring { keys: slices[1], values: slices[2] },
             Kept::Frames { frames, .. } => Slices::Frames(frames),
         },
-        landmarks: slices[1],
+        landmarks: blocks.landmarks.map_or(&[], |_| slices[slices.len() - 1]),
         first: blocks.first,
         len: blocks.len,
         lengths: blocks.lengths,

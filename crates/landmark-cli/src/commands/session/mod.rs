@@ -65,7 +65,7 @@ pub struct Opening {
     #[arg(long, value_name = "MODEL")]
     checkpoint: Option<PathBuf>,
     /// RAM for blocks that are in use, such as 500MB or 2GiB; what one chunk reads in one layer is in RAM at least
-    #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "256MiB")]
+    #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "512MiB")]
     ram: u64,
     /// Score all landmarks beside those that the index finds, and tell what it missed
     #[arg(long)]
