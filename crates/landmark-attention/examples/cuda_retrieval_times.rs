@@ -48,7 +48,7 @@ fn main() -> candle_core::Result<()> {
                     let queries = random(&[k + 1, 1, heads, t, d], dtype);
                     let queries = SlotQueries { queries: &queries, newest: k, scale: 0.1 };
                     let kept = Kept::Ring { keys: &keys, values: &keys };
-                    let blocks = Blocks { kept, landmarks: &landmarks, first: 0, len, lengths: None };
+                    let blocks = Blocks { kept, landmarks: Some(&landmarks), first: 0, len, lengths: None };
                     let chosen = select(queries, blocks, k, Selection::default()).unwrap();
                     let selects = SELECTIONS.map(|selection| time(&|| select(queries, blocks, k, selection).unwrap()));
                     let attend = time(&|| attend(queries, blocks, &chosen).unwrap().out);

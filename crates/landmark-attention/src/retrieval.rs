@@ -6,6 +6,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
+pub use crate::cpu::rounded::RoundedKeys;
 #[cfg(feature = "cuda")]
 use crate::cuda;
 pub use crate::pool::Pool;
@@ -29,8 +30,9 @@ pub enum Selection {
 pub struct Blocks<'a> {
     /// Keys, rotated to their offset in the block, the landmark the last; and values.
     pub kept: Kept<'a>,
-    /// The landmarks' keys `[batch, kv_heads, capacity, head_dim]`, once more: scoring reads nothing else.
-    pub landmarks: &'a Tensor,
+    /// The landmarks' keys `[batch, kv_heads, capacity, head_dim]`, once more: scoring reads nothing else. Blocks in frames that are chosen by other
+    /// means need none.
+    pub landmarks: Option<&'a Tensor>,
     /// Place of the oldest block.
     pub first: usize,
     /// Number of blocks.
@@ -53,6 +55,8 @@ pub enum Kept<'a> {
     Frames {
         /// Positions of a block's place.
         block: usize,
+        /// Heads of keys and values of a row.
+        kv_heads: usize,
         /// Where each block is.
         frames: &'a dyn Frames,
     },
@@ -115,6 +119,10 @@ pub struct Retrieved {
 /// Shapes and dtypes that do not fit together; a device without a kernel; on a GPU, a `k` of more than 8192.
 pub fn select(queries: SlotQueries, blocks: Blocks, k: usize, selection: Selection) -> Result<Tensor> {
     let shape = RetrievalShape::check("select", queries, blocks)?;
+    if blocks.landmarks.is_none() {
+        let expected = "landmarks to be scored";
+        return Err(Error::Param { op: "select", name: "landmarks", got: "none".into(), expected });
+    }
     if k == 0 {
         return Err(Error::Param { op: "select", name: "k", got: k.to_string(), expected: "at least 1" });
     }
@@ -133,48 +141,85 @@ pub fn select(queries: SlotQueries, blocks: Blocks, k: usize, selection: Selecti
 /// The landmarks of one key-value head in lists of such as are near each other.
 #[derive(Debug, Clone, Copy)]
 pub struct Lists<'a> {
-    /// What stands for each list, `[lists, head_dim]`.
-    pub centroids: &'a [f32],
-    /// The blocks of each list, ascending, counted from the oldest. A block may be in none: then it is not found, but for the newest.
-    pub members: &'a [Vec<u32>],
+    /// What all keys, of centroids too, are less of, `[head_dim]`.
+    pub origin: &'a [f32],
+    /// What stands for each list.
+    pub centroids: &'a RoundedKeys,
+    /// The lists.
+    pub lists: &'a [List],
 }
 
-/// As [`select`] with [`Selection::PerTokenAndHead`], where each query looks at the `probes` lists alone whose centroids score best; `lists` are those
-/// of each key-value head, over the rows of the batch. With all lists probed, and all blocks in some, it is what [`select`] chooses. On the CPU in
-/// f32.
+/// Landmarks that are near each other.
+#[derive(Debug, Clone, Default)]
+pub struct List {
+    /// Their blocks, ascending, counted from the oldest. A block may be in no list: then it is not found, but for the newest.
+    pub blocks: Vec<u32>,
+    /// Their keys, rounded.
+    pub keys: RoundedKeys,
+}
+
+/// Gives the keys of landmarks as they are.
+pub trait Keys: Sync {
+    /// Writes the key `[head_dim]` of a block, by key-value head (counted over the rows of the batch) and block (oldest first).
+    fn key(&self, head: usize, block: usize, into: &mut [f32]);
+}
+
+/// As [`select`] of `len` blocks with [`Selection::PerTokenAndHead`], where each query looks at the `probes` lists alone whose centroids score best; `lists`
+/// are those of each key-value head, over the rows of the batch. Their rounded keys propose twice as many blocks as are wanted, and of these
+/// and the newest the best by their keys as they are is chosen. On the CPU in f32.
 ///
 /// # Errors
-/// Those of [`select`]; lists that are not those of the heads.
+/// Shapes that do not fit together; lists that are not those of the heads, or of blocks that are not there.
 pub fn select_in_lists(
     queries: SlotQueries,
-    blocks: Blocks,
+    len: usize,
+    keys: &dyn Keys,
     k: usize,
     lists: &[Lists],
     probes: usize,
 ) -> Result<Tensor> {
     const OP: &str = "select_in_lists";
-    let shape = RetrievalShape::check(OP, queries, blocks)?;
-    let fits = |lists: &Lists| {
-        let are_in_range =
-            lists.members.iter().all(|list| list.last().is_none_or(|&block| (block as usize) < blocks.len));
-        lists.centroids.len() == lists.members.len() * shape.head_dim && are_in_range
+    let wrong = |name, got: String, expected| Err(Error::Param { op: OP, name, got, expected });
+    let q = queries.queries;
+    let &[slots, batch, heads, time, head_dim] = q.dims() else {
+        let expected = "[slots, batch, heads, time, head_dim]".into();
+        return Err(Error::Shape { op: OP, tensor: "queries", got: q.dims().to_vec(), expected });
     };
-    if lists.len() != shape.batch * shape.kv_heads || !lists.iter().all(fits) {
-        let got = format!("lists of {} heads", lists.len());
-        return Err(Error::Param { op: OP, name: "lists", got, expected: "a centroid for each list of each head" });
+    if q.dtype() != DType::F32 || !q.device().is_cpu() {
+        return Err(Error::DType { op: OP, tensor: "queries", got: q.dtype(), expected: "f32 on the CPU".into() });
     }
-    if k == 0 || probes == 0 {
-        let got = format!("k {k}, probes {probes}");
-        return Err(Error::Param { op: OP, name: "k or probes", got, expected: "at least 1" });
+    if slots < queries.newest + 1 || queries.newest > len || !q.is_contiguous() {
+        let expected = format!("queries for {} slots of {len} blocks, in contiguous memory", queries.newest + 1);
+        return Err(Error::Shape { op: OP, tensor: "queries", got: q.dims().to_vec(), expected });
     }
-    if queries.queries.dtype() != DType::F32 || !queries.queries.device().is_cpu() {
-        let expected = "f32 on the CPU".into();
-        return Err(Error::DType { op: OP, tensor: "queries", got: queries.queries.dtype(), expected });
+    let fits = |of_head: &Lists| {
+        let Lists { origin, centroids, lists } = of_head;
+        let are_keys = |list: &List| list.keys.len() == list.blocks.len() && list.keys.head_dim() == head_dim;
+        let are_there = |list: &List| list.blocks.last().is_none_or(|&block| (block as usize) < len);
+        origin.len() == head_dim
+            && centroids.len() == lists.len()
+            && centroids.head_dim() == head_dim
+            && lists.iter().all(are_keys)
+            && lists.iter().all(are_there)
+    };
+    if lists.is_empty()
+        || !(batch * heads).is_multiple_of(lists.len())
+        || !lists.len().is_multiple_of(batch)
+        || !lists.iter().all(fits)
+    {
+        return wrong(
+            "lists",
+            format!("lists of {} heads", lists.len()),
+            "a centroid and keys for each list of each head",
+        );
     }
-    if k >= blocks.len {
-        return select(queries, blocks, k, Selection::PerTokenAndHead);
+    if k == 0 || probes == 0 || k > len {
+        return wrong("k or probes", format!("k {k}, probes {probes}"), "at least 1, and so many blocks");
     }
-    Ok(cpu::lists::select(&shape, queries, blocks, k, lists, probes)?)
+    if queries.scale <= 0. {
+        return wrong("scale", queries.scale.to_string(), "more than 0: the best are those of the largest products");
+    }
+    Ok(cpu::lists::select(queries, [batch, heads, time, head_dim], len, keys, k, lists, probes)?)
 }
 
 /// Attention over the chosen blocks, u32 `[batch, heads, time, k]` ascending, as [`select`] returns them. No gradient.
@@ -224,7 +269,7 @@ pub fn attend(queries: SlotQueries, blocks: Blocks, chosen: &Tensor) -> Result<R
         let got = block.to_string();
         return Err(Error::Param { op: OP, name: "chosen", got, expected: "indices of cached blocks" });
     }
-    if let Kept::Frames { frames, block } = blocks.kept {
+    if let Kept::Frames { frames, block, .. } = blocks.kept {
         let elements = block * shape.head_dim;
         let fits = |frame: [&[f32]; 2]| frame.iter().all(|part| part.len() == elements);
         for (bh, chosen) in indices.chunks_exact(time * k).enumerate() {
@@ -283,13 +328,17 @@ impl RetrievalShape {
         let &[slots, batch, heads, time, head_dim] = q.dims() else {
             return Err(shape("queries", q, "[slots, batch, heads, time, head_dim]".into()));
         };
-        let (kv_heads, capacity) = match blocks.landmarks.dims() {
-            &[b, kv_heads, capacity, d] if b == batch && d == head_dim && kv_heads > 0 && heads % kv_heads == 0 => {
+        let (kv_heads, capacity) = match (blocks.landmarks.map(Tensor::dims), blocks.kept) {
+            (Some(&[b, kv_heads, capacity, d]), _)
+                if b == batch && d == head_dim && kv_heads > 0 && heads % kv_heads == 0 =>
+            {
                 (kv_heads, capacity)
             }
-            _ => {
+            (None, Kept::Frames { kv_heads, .. }) if kv_heads > 0 && heads % kv_heads == 0 => (kv_heads, blocks.len),
+            (landmarks, _) => {
                 let expected = format!("[{batch}, kv_heads that divide {heads}, capacity, {head_dim}]");
-                return Err(shape("landmarks", blocks.landmarks, expected));
+                let got = landmarks.unwrap_or_default().to_vec();
+                return Err(Error::Shape { op, tensor: "landmarks", got, expected });
             }
         };
         let block = match blocks.kept {
@@ -343,7 +392,8 @@ impl RetrievalShape {
             Kept::Pool { pool, .. } => ["keys", "values"].into_iter().zip(pool.tensors()).collect(),
             Kept::Frames { .. } => vec![],
         };
-        for (tensor, x) in [("queries", q), ("landmarks", blocks.landmarks)].into_iter().chain(kept) {
+        let landmarks = blocks.landmarks.map(|x| ("landmarks", x));
+        for (tensor, x) in [("queries", q)].into_iter().chain(landmarks).chain(kept) {
             let (fits, expected) = match x.device() {
                 Device::Cpu => (matches!(x.dtype(), DType::F32 | DType::F64), "f32 or f64, the same for all"),
                 #[cfg(feature = "cuda")]
@@ -369,7 +419,7 @@ impl RetrievalShape {
         }
         #[cfg(feature = "cuda")]
         if q.device().is_cuda() {
-            cuda::retrieval::check(op, q, blocks.landmarks, block)?;
+            cuda::retrieval::check(op, q, capacity, block)?;
         }
         Ok(Self { slots, batch, heads, kv_heads, time, head_dim, block, capacity })
     }

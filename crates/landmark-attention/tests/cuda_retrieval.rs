@@ -84,7 +84,7 @@ impl Case {
         let queries = SlotQueries { queries: &queries, newest: self.newest, scale: self.scale };
         let (first, len, lengths) = (self.first, self.len, self.lengths.as_deref());
         let kept = Kept::Ring { keys: &keys, values: &values };
-        f(queries, Blocks { kept, landmarks: &landmarks, first, len, lengths })
+        f(queries, Blocks { kept, landmarks: Some(&landmarks), first, len, lengths })
     }
 
     fn chosen(&self, k: usize, selection: Selection, dtype: DType, device: &Device) -> Tensor {

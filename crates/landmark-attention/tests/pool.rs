@@ -100,7 +100,7 @@ fn a_pool_reads_as_a_ring() {
             let queries = SlotQueries { queries: &queries, newest, scale: 0.3 };
             let chosen = Tensor::from_vec(chosen, (batch, heads, time, k), &device).unwrap();
             let read = |kept| {
-                let blocks = Blocks { kept, landmarks: &landmarks, first, len, lengths };
+                let blocks = Blocks { kept, landmarks: Some(&landmarks), first, len, lengths };
                 let read = attend(queries, blocks, &chosen).unwrap();
                 [read.out, read.lse, read.scores].map(|x| f64s(&x))
             };
@@ -123,12 +123,12 @@ fn frames_that_are_not_there_are_refused() {
     let chosen = Tensor::new(&[[[[1u32, 4]]]], &Device::Cpu).unwrap();
     for frames in [&[0u32, 3][..], &[0], &[]] {
         let kept = Kept::Pool { pool: &pool, frames };
-        let blocks = Blocks { kept, landmarks: &landmarks, first: 0, len: 5, lengths: None };
+        let blocks = Blocks { kept, landmarks: Some(&landmarks), first: 0, len: 5, lengths: None };
         let error = attend(queries, blocks, &chosen).unwrap_err().to_string();
         assert!(error.contains("a frame of the pool for each chosen block"), "{error}");
     }
     let other = Pool::new(3, 4, 6, DType::F32, &Device::Cpu).unwrap();
     let kept = Kept::Pool { pool: &other, frames: &[0, 1] };
-    let blocks = Blocks { kept, landmarks: &landmarks, first: 0, len: 5, lengths: None };
+    let blocks = Blocks { kept, landmarks: Some(&landmarks), first: 0, len: 5, lengths: None };
     assert!(attend(queries, blocks, &chosen).unwrap_err().to_string().contains("[frames, block, 8]"));
 }

@@ -92,25 +92,24 @@ impl Codec {
         let rows = keys.chunks_exact(self.head_dim).chain(values.chunks_exact(self.head_dim));
         let (factors, elements) = unit.split_at_mut(self.factors());
         for (i, (row, bytes)) in rows.zip(elements.chunks_exact_mut(self.head_dim * self.of.bytes())).enumerate() {
+            if self.of == BlockType::I8 {
+                let largest = largest(row);
+                let (factor, inverse) = if largest > 0. { (largest / 127., 127. / largest) } else { (0., 0.) };
+                factors[4 * i..][..4].copy_from_slice(&factor.to_le_bytes());
+                for (byte, x) in bytes.iter_mut().zip(row) {
+                    *byte = ((x * inverse).round() as i8).cast_unsigned();
+                }
+            } else {
+                self.encode_floats(row, bytes);
+            }
+        }
+    }
+
+    fn encode_floats(self, row: &[f32], bytes: &mut [u8]) {
+        for (bytes, &x) in bytes.chunks_exact_mut(self.of.bytes()).zip(row) {
             match self.of {
-                BlockType::F32 => {
-                    for (bytes, x) in bytes.chunks_exact_mut(4).zip(row) {
-                        bytes.copy_from_slice(&x.to_le_bytes());
-                    }
-                }
-                BlockType::BF16 => {
-                    for (bytes, &x) in bytes.chunks_exact_mut(2).zip(row) {
-                        bytes.copy_from_slice(&bf16::from_f32(x).to_le_bytes());
-                    }
-                }
-                BlockType::I8 => {
-                    let largest = row.iter().fold(0f32, |largest, x| largest.max(x.abs()));
-                    let (factor, inverse) = if largest > 0. { (largest / 127., 127. / largest) } else { (0., 0.) };
-                    factors[4 * i..][..4].copy_from_slice(&factor.to_le_bytes());
-                    for (byte, x) in bytes.iter_mut().zip(row) {
-                        *byte = ((x * inverse).round() as i8).cast_unsigned();
-                    }
-                }
+                BlockType::BF16 => bytes.copy_from_slice(&bf16::from_f32(x).to_le_bytes()),
+                _ => bytes.copy_from_slice(&x.to_le_bytes()),
             }
         }
     }
@@ -151,7 +150,11 @@ impl Codec {
     fn decode_row(self, unit: &[u8], row: usize, into: &mut [f32]) {
         let (factors, elements) = unit.split_at(self.factors());
         let length = self.head_dim * self.of.bytes();
-        let bytes = &elements[row * length..][..length];
+        let factor = factors.as_chunks::<4>().0.get(row).map_or(1., |&bytes| f32::from_le_bytes(bytes));
+        self.decode_elements(&elements[row * length..][..length], factor, into);
+    }
+
+    fn decode_elements(self, bytes: &[u8], factor: f32, into: &mut [f32]) {
         match self.of {
             BlockType::F32 => {
                 for (x, bytes) in into.iter_mut().zip(bytes.as_chunks::<4>().0) {
@@ -164,13 +167,49 @@ impl Codec {
                 }
             }
             BlockType::I8 => {
-                let factor = f32::from_le_bytes(factors.as_chunks::<4>().0[row]);
                 for (x, byte) in into.iter_mut().zip(bytes) {
                     *x = f32::from(byte.cast_signed()) * factor;
                 }
             }
         }
     }
+
+    /// Bytes of a row by itself: its factor, if it has one, and its elements.
+    pub fn row(self) -> usize {
+        self.head_dim * self.of.bytes() + if self.of == BlockType::I8 { 4 } else { 0 }
+    }
+
+    /// Writes a row that was decoded from a unit: it is what [`Self::decode_again`] reads, to the bit.
+    pub fn encode_again(self, row: &[f32], bytes: &mut [u8]) {
+        if self.of != BlockType::I8 {
+            return self.encode_floats(row, bytes);
+        }
+        // The factor is the largest element's 127th part, but for roundings.
+        let base = largest(row) / 127.;
+        let near = [base, base.next_up(), base.next_down(), base.next_up().next_up(), base.next_down().next_down()];
+        // Integers up to 127 are in the low bits of what is added to 1.5 * 2^23.
+        let inverse = if base > 0. { 1. / base } else { 0. };
+        let (begin, elements) = bytes.split_at_mut(4);
+        elements.iter_mut().zip(row).for_each(|(byte, x)| *byte = (x * inverse + 12_582_912.).to_bits() as u8);
+        let fits = |factor: &f32| {
+            let all = elements.iter().zip(row).map(|(byte, x)| f32::from(byte.cast_signed()) * factor == *x);
+            all.fold(true, |all, fits| all & fits)
+        };
+        let factor = near.into_iter().find(fits).unwrap_or(base);
+        begin.copy_from_slice(&factor.to_le_bytes());
+    }
+
+    /// Reads a row by itself.
+    pub fn decode_again(self, bytes: &[u8], into: &mut [f32]) {
+        match bytes.split_first_chunk::<4>().filter(|_| self.of == BlockType::I8) {
+            Some((factor, elements)) => self.decode_elements(elements, f32::from_le_bytes(*factor), into),
+            None => self.decode_elements(bytes, 1., into),
+        }
+    }
+}
+
+fn largest(row: &[f32]) -> f32 {
+    row.iter().fold(0f32, |largest, x| largest.max(x.abs()))
 }
 
 #[cfg(test)]
@@ -221,6 +260,29 @@ mod tests {
                 assert_eq!(twice, decoded);
             }
             assert_eq!(of.name().parse::<BlockType>().unwrap(), of);
+            // A row by itself, again and again, is the same to the bit.
+            for row in decoded.chunks(head_dim) {
+                let (mut bytes, mut alone) = (vec![0; codec.row()], vec![0.; head_dim]);
+                codec.encode_again(row, &mut bytes);
+                codec.decode_again(&bytes, &mut alone);
+                assert_eq!(alone, row, "{of:?}");
+            }
+        }
+        // Whatever the factor: of rows of all sizes.
+        let codec = Codec { of: BlockType::I8, block: 1, head_dim };
+        for seed in 0..20_000 {
+            let x: Vec<f32> = (0..2 * head_dim)
+                .map(|i| ((i * 7919 + seed * 31) % 1009) as f32 * (1. + seed as f32 / 777.) - 500.)
+                .collect();
+            let (mut unit, mut decoded) = (vec![0; codec.unit()], vec![0.; codec.elements()]);
+            codec.encode(&x[..head_dim], &x[head_dim..], &mut unit);
+            codec.decode(&unit, &mut decoded);
+            for row in decoded.chunks(head_dim) {
+                let (mut bytes, mut alone) = (vec![0; codec.row()], vec![0.; head_dim]);
+                codec.encode_again(row, &mut bytes);
+                codec.decode_again(&bytes, &mut alone);
+                assert_eq!(alone, row, "{seed}");
+            }
         }
         assert!("int4".parse::<BlockType>().unwrap_err().contains("int8"));
     }

@@ -14,6 +14,7 @@ mod distances;
 mod error;
 mod frames;
 mod index;
+mod landmarks;
 mod layout;
 mod paged;
 mod pooled;

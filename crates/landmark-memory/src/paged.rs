@@ -1,12 +1,13 @@
 //! Blocks in tiers: encoded on disk, or in memory until they are written there, and decoded in frames of RAM while they are used.
 
-use candle_core::{DType, Device, Storage, Tensor};
-use landmark_attention::retrieval::{self, Blocks, Kept, Selection, SlotQueries};
+use candle_core::{DType, Device, Tensor};
+use landmark_attention::retrieval::{self, Blocks, Kept, Keys, Selection, SlotQueries};
 use rayon::prelude::*;
 
 use crate::codec::{BlockType, Codec};
 use crate::frames::{Frames, Job, UnitId};
-use crate::index::{self, FROM_BLOCKS, Index, PROBES};
+use crate::index::{self, FROM_BLOCKS, Index};
+use crate::landmarks::Landmarks;
 use crate::ring::Ring;
 use crate::segments::{BlockRecord, Segments, Shape};
 use crate::{CacheConfig, Error, Result};
@@ -52,13 +53,18 @@ pub struct Recall {
 pub struct Paged {
     shape: Shape,
     heads: [usize; 2],
-    /// Landmark keys `[batch, kv_heads, capacity, head_dim]` of each layer.
-    landmarks: Vec<Ring<1>>,
+    /// Blocks that are cached.
+    len: usize,
+    /// Landmark keys `[batch, kv_heads, capacity, head_dim]` of each layer, as long as all are scored.
+    scored: Vec<Ring<1>>,
     frames: Frames,
     scoring: Scoring,
-    /// Of each layer, if there is one.
+    /// Of each layer, if there is one; and the landmarks that it is made of.
     index: Vec<Index>,
+    landmarks: Vec<Landmarks>,
     recall: Recall,
+    /// For [`Paged::promote`]: false for each block.
+    seen: Vec<bool>,
     /// The blocks that are cached, oldest first, by their numbers; `None`: the newest of all, so many as are cached.
     numbers: Option<Vec<u32>>,
     /// Checksums of the units of all blocks that are on disk, and where they are.
@@ -85,19 +91,23 @@ impl Paged {
             return Err(Error::Config { name: "shape", got, expected });
         }
         let ring = |_| Ring::new(heads, [&[head_dim]], config.max_blocks, DType::F32, &Device::Cpu);
+        let indexed = match tiers.scoring {
+            // Blocks that go would have to go from the lists.
+            _ if config.selection != Selection::PerTokenAndHead || config.max_blocks.is_some() => 0,
+            Scoring::Exact => 0,
+            Scoring::Index | Scoring::IndexMeasured => config.layers,
+        };
         Ok(Self {
             shape,
             heads,
-            landmarks: (0..config.layers).map(ring).collect::<Result<_>>()?,
+            len: 0,
+            scored: (0..config.layers).map(ring).collect::<Result<_>>()?,
             frames: Frames::new(shape.units(), codec.elements(), tiers.ram),
             scoring: tiers.scoring,
-            index: match tiers.scoring {
-                // Blocks that go would have to go from the lists.
-                _ if config.selection != Selection::PerTokenAndHead || config.max_blocks.is_some() => vec![],
-                Scoring::Exact => vec![],
-                _ => (0..config.layers).map(|_| Index::new(shape.heads, head_dim, config.top_k)).collect(),
-            },
+            index: (0..indexed).map(|_| Index::new(shape.heads, head_dim, config.top_k)).collect(),
+            landmarks: (0..indexed).map(|_| Landmarks::new(codec, shape.heads)).collect(),
             recall: Recall::default(),
+            seen: Vec::new(),
             numbers: None,
             disk: disk.map(|disk| (disk, Vec::new())),
             written: 0,
@@ -116,7 +126,8 @@ impl Paged {
         let Some((segments, mut crcs)) = self.disk.take() else { return Ok(()) };
         let units = self.shape.units();
         segments.check_lengths(blocks, dropped)?;
-        self.reserve(blocks)?;
+        let cached = (0..blocks).filter(|&block| !dropped(block)).count();
+        self.reserve(cached)?;
         crcs.reserve(blocks * units);
         let mut numbers = Vec::new();
         for records in segments.records(blocks, dropped) {
@@ -132,9 +143,7 @@ impl Paged {
                 }
             }
             let landmarks: Vec<&[f32]> = records.iter().flatten().map(|record| &record.landmarks[..]).collect();
-            for layer in 0..self.shape.layers {
-                self.append_landmarks(layer, &landmarks)?;
-            }
+            self.append_landmarks(&landmarks, cached)?;
         }
         self.written = blocks;
         self.numbers = (numbers.len() < blocks).then_some(numbers);
@@ -142,25 +151,41 @@ impl Paged {
         Ok(())
     }
 
-    /// `landmarks` are those of all layers and heads, block by block.
-    fn append_landmarks(&mut self, layer: usize, landmarks: &[&[f32]]) -> Result<()> {
+    /// `landmarks` are those of all layers and heads, block by block; there will be `blocks` at least.
+    fn append_landmarks(&mut self, landmarks: &[&[f32]], blocks: usize) -> Result<()> {
         let (n, d, heads) = (landmarks.len(), self.shape.codec.head_dim, self.shape.heads);
         if n == 0 {
             return Ok(());
         }
-        let mut rows = Vec::with_capacity(heads * n * d);
-        for head in 0..heads {
-            for landmarks in landmarks {
-                rows.extend_from_slice(&landmarks[(layer * heads + head) * d..][..d]);
+        self.landmarks.par_iter_mut().enumerate().for_each(|(layer, own)| {
+            landmarks.iter().for_each(|landmarks| own.push(&landmarks[layer * heads * d..][..heads * d]));
+        });
+        if self.all_are_scored(blocks.max(self.len + n)) {
+            let [batch, kv_heads] = self.heads;
+            for (layer, ring) in self.scored.iter_mut().enumerate() {
+                let mut rows = Vec::with_capacity(heads * n * d);
+                for head in 0..heads {
+                    landmarks.iter().for_each(|all| rows.extend_from_slice(&all[(layer * heads + head) * d..][..d]));
+                }
+                ring.append([&Tensor::from_vec(rows, (batch, kv_heads, n, d), &Device::Cpu)?])?;
             }
+            self.len = self.scored[0].len();
+        } else {
+            // From here on the index is asked, and it has landmarks of its own.
+            self.scored.iter_mut().try_for_each(Ring::release)?;
+            self.len += n;
         }
-        let [batch, kv_heads] = self.heads;
-        self.landmarks[layer].append([&Tensor::from_vec(rows, (batch, kv_heads, n, d), &Device::Cpu)?])
+        Ok(())
+    }
+
+    /// Whether of so many blocks the landmarks of all may be scored.
+    fn all_are_scored(&self, blocks: usize) -> bool {
+        self.index.is_empty() || self.scoring == Scoring::IndexMeasured || blocks < FROM_BLOCKS
     }
 
     /// Blocks that are cached.
     pub fn len(&self) -> usize {
-        self.landmarks[0].len()
+        self.len
     }
 
     /// Blocks of the text.
@@ -178,18 +203,25 @@ impl Paged {
 
     /// Bytes of RAM: frames, landmarks and what is not written.
     pub fn bytes(&self) -> usize {
-        let landmarks: usize = self.landmarks.iter().map(Ring::bytes).sum();
-        self.frames.bytes() + landmarks + self.pending.capacity()
+        let scored: usize = self.scored.iter().map(Ring::bytes).sum();
+        let landmarks: usize = self.landmarks.iter().map(Landmarks::bytes).sum();
+        let index: usize = self.index.iter().map(Index::bytes).sum();
+        self.frames.bytes() + scored + landmarks + index + self.pending.capacity()
     }
 
     /// Bytes of RAM that so many blocks take if all are written: their landmarks.
     pub fn bytes_of(&self, blocks: usize) -> usize {
-        self.landmarks.iter().map(|ring| ring.bytes_of(blocks)).sum()
+        let scored = |ring: &Ring<1>| if self.all_are_scored(blocks) { ring.bytes_of(blocks) } else { 0 };
+        let scored: usize = self.scored.iter().map(scored).sum();
+        scored + self.landmarks.iter().map(|landmarks| landmarks.bytes_of(blocks)).sum::<usize>()
     }
 
     /// Makes room for the landmarks of so many blocks.
     pub fn reserve(&mut self, blocks: usize) -> Result<()> {
-        self.landmarks.iter_mut().try_for_each(|ring| ring.reserve(blocks))
+        if !self.all_are_scored(blocks) {
+            return Ok(());
+        }
+        self.scored.iter_mut().try_for_each(|ring| ring.reserve(blocks))
     }
 
     /// Units that were brought into RAM, and that were found there.
@@ -199,7 +231,9 @@ impl Paged {
 
     /// Forgets all blocks, but for those on disk nothing is kept of the text.
     pub fn clear(&mut self) {
-        self.landmarks.iter_mut().for_each(Ring::clear);
+        self.len = 0;
+        self.scored.iter_mut().for_each(Ring::clear);
+        self.landmarks.iter_mut().for_each(Landmarks::clear);
         self.index.iter_mut().for_each(Index::clear);
         self.frames.forget_from(0);
         self.pending.clear();
@@ -240,10 +274,8 @@ impl Paged {
                 BlockRecord { number: number + i as u64, start, tokens, tokens_crc: 0, crcs, landmarks }
             })
             .collect();
-        for layer in 0..self.shape.layers {
-            let landmarks: Vec<&[f32]> = records.iter().map(|record| &record.landmarks[..]).collect();
-            self.append_landmarks(layer, &landmarks)?;
-        }
+        let landmarks: Vec<&[f32]> = records.iter().map(|record| &record.landmarks[..]).collect();
+        self.append_landmarks(&landmarks, 0)?;
         if let Some(numbers) = &mut self.numbers {
             numbers.extend(records.iter().map(|record| record.number as u32));
         }
@@ -271,10 +303,10 @@ impl Paged {
         if self.index.is_empty() || self.len() < FROM_BLOCKS {
             return Ok(exact(self)?);
         }
-        self.extend_index(layer)?;
-        let lists = self.index[layer].lists();
-        let find = |blocks: Blocks| retrieval::select_in_lists(queries, blocks, top_k, &lists, PROBES);
-        let found = self.with_blocks(layer, lengths, find)?;
+        self.extend_index(layer);
+        let (lists, landmarks) = (self.index[layer].lists(), &self.landmarks[layer]);
+        let probes = index::probes(queries.queries.dims()[3]);
+        let found = retrieval::select_in_lists(queries, self.len(), landmarks, top_k, &lists, probes)?;
         if self.scoring == Scoring::IndexMeasured {
             let best = exact(self)?;
             self.measure(layer, queries, lengths, &found, &best)?;
@@ -287,14 +319,15 @@ impl Paged {
         if self.index.is_empty() || self.len() < FROM_BLOCKS {
             return Ok(None);
         }
-        (0..self.shape.layers).try_for_each(|layer| self.extend_index(layer))?;
+        (0..self.shape.layers).for_each(|layer| self.extend_index(layer));
         Ok(Some(index::encode(&self.index)))
     }
 
     /// Takes over an index from a file; whether it is one of these landmarks.
     pub fn restore_index(&mut self, bytes: &[u8]) -> bool {
         let Some(like) = self.index.first() else { return true };
-        match index::decode(bytes, self.shape.layers, like, self.len()) {
+        let key = |layer: usize, head, block, into: &mut [f32]| self.landmarks[layer].key(head, block, into);
+        match index::decode(bytes, self.shape.layers, like, self.len(), key) {
             Some(read) => {
                 self.index = read;
                 true
@@ -304,20 +337,9 @@ impl Paged {
     }
 
     /// Takes the layer's blocks into its index that are not there yet.
-    fn extend_index(&mut self, layer: usize) -> Result<()> {
-        let (len, d) = (self.len(), self.shape.codec.head_dim);
-        let [landmarks] = self.landmarks[layer].tensors();
-        if self.index[layer].len() == len {
-            return Ok(());
-        }
-        let capacity = landmarks.dims()[2];
-        let (storage, layout) = landmarks.storage_and_layout();
-        let Storage::Cpu(storage) = &*storage else {
-            return Err(candle_core::Error::Msg("an index needs landmarks on the CPU".into()).into());
-        };
-        let keys = &storage.as_slice::<f32>()?[layout.start_offset()..];
-        self.index[layer].extend(len, |head, block| &keys[(head * capacity + block) * d..][..d]);
-        Ok(())
+    fn extend_index(&mut self, layer: usize) {
+        let landmarks = &self.landmarks[layer];
+        self.index[layer].extend(landmarks.len(), |head, block, into| landmarks.key(head, block, into));
     }
 
     /// Compares what the index found with the best.
@@ -375,7 +397,8 @@ impl Paged {
         let [_, kv_heads] = self.heads;
         let rows = chosen.flatten_all()?.to_vec1::<u32>()?;
         let mut wanted = Vec::new();
-        let mut seen = vec![false; self.len()];
+        let mut seen = std::mem::take(&mut self.seen);
+        seen.resize(self.len.max(seen.len()), false);
         for b in 0..batch {
             for kv in 0..kv_heads {
                 let group = heads / kv_heads;
@@ -390,6 +413,7 @@ impl Paged {
                 wanted[begin..].iter().for_each(|&(_, i)| seen[i as usize] = false);
             }
         }
+        self.seen = seen;
         let mut units: Vec<UnitId> = wanted.into_iter().map(|(id, _)| id).collect();
         units.sort_unstable();
         let Self { frames, shape, disk, written, pending, .. } = self;
@@ -400,9 +424,10 @@ impl Paged {
     /// The blocks of a layer, as retrieval reads them, with `f`; `lengths` as it expects them.
     pub fn with_blocks<R>(&self, layer: usize, lengths: Option<&[u32]>, f: impl FnOnce(Blocks) -> R) -> R {
         let frames = LayerFrames { paged: self, layer };
-        let [landmarks] = self.landmarks[layer].tensors();
-        let kept = Kept::Frames { block: self.shape.codec.block, frames: &frames };
-        let (first, len) = (self.landmarks[layer].first(), self.len());
+        let (ring, len) = (&self.scored[layer], self.len());
+        let [landmarks] = ring.tensors();
+        let kept = Kept::Frames { block: self.shape.codec.block, kv_heads: self.heads[1], frames: &frames };
+        let (first, landmarks) = (ring.first(), Some(landmarks).filter(|_| ring.len() == len));
         f(Blocks { kept, landmarks, first, len, lengths })
     }
 
@@ -474,6 +499,11 @@ fn load(
     let (units, size) = (shape.units(), shape.codec.unit());
     let runs: Vec<&mut [Job]> =
         jobs.chunk_by_mut(|(a, _), (b, _)| a.record == b.record && a.unit + 1 == b.unit).collect();
+    // A disk does many reads at once, and those who wait for them are few.
+    if let Some((segments, _)) = disk {
+        let on_disk = runs.iter().map(|run| (run[0].0, run.len())).filter(|(first, _)| first.record < written);
+        on_disk.for_each(|(UnitId { record, unit }, n)| segments.will_read(record, unit..unit + n));
+    }
     runs.into_par_iter().try_for_each_init(Vec::new, |buffer, run| {
         let UnitId { record, unit } = run[0].0;
         let bytes = match disk.filter(|_| record < written) {

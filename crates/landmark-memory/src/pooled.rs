@@ -219,7 +219,7 @@ impl Pooled {
 /// Blocks whose chosen ones are in these frames.
 fn blocks<'a>(landmarks: &'a Ring<1>, lengths: Option<&'a [u32]>, pool: &'a Pool, frames: &'a [u32]) -> Blocks<'a> {
     let kept = Kept::Pool { pool, frames };
-    Blocks { kept, landmarks: &landmarks.tensors()[0], first: landmarks.first(), len: landmarks.len(), lengths }
+    Blocks { kept, landmarks: Some(&landmarks.tensors()[0]), first: landmarks.first(), len: landmarks.len(), lengths }
 }
 
 /// Sees to it that these units are in the pool, no more than it has frames.

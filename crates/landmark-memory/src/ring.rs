@@ -89,6 +89,18 @@ impl<const N: usize> Ring<N> {
         (self.first, self.len) = (0, 0);
     }
 
+    /// Forgets all blocks, and gives the memory back.
+    pub fn release(&mut self) -> Result<()> {
+        self.clear();
+        if self.capacity() > FIRST_CAPACITY {
+            for tensor in &mut self.tensors {
+                let small = tensor.narrow(2, 0, FIRST_CAPACITY)?.zeros_like()?;
+                *tensor = small;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes room for `blocks`, at most the limit, by doubling. A ring grows only before it first wraps.
     pub fn reserve(&mut self, blocks: usize) -> Result<()> {
         let capacity = self.capacity();

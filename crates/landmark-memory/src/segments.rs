@@ -52,7 +52,7 @@ const SEGMENT: usize = 256 << 20;
 /// Bytes of a header.
 pub const HEADER: usize = 64;
 /// Files that are kept open.
-const OPEN_FILES: usize = 128;
+const OPEN_FILES: usize = 512;
 const VERSION: u32 = 1;
 
 /// What decides the sizes of a session's files.
@@ -356,6 +356,22 @@ impl Segments {
         read_at(&file, &mut bytes, (HEADER + range.start * self.shape.record_bytes()) as u64).ok()?;
         let record = BlockRecord::decode(&bytes, block as u64, &self.shape)?;
         (header == self.shape.header(b"LMLANDMK", segment)).then_some(record)
+    }
+
+    /// Tells the system that `units` of a block will be read at once, so that the disk begins with them. If it cannot be told, they are read all the same.
+    pub fn will_read(&self, block: usize, units: std::ops::Range<usize>) {
+        #[cfg(target_os = "linux")]
+        {
+            let (segment, range) = self.parts(block..block + 1).next().expect("one block is in one segment");
+            let (at, unit) = (range.start * self.shape.block_bytes(), self.shape.codec.unit());
+            if let Ok(file) = self.file(segment, &self.paths(segment)[0]) {
+                let (from, length) = ((HEADER + at + units.start * unit) as u64, (units.len() * unit) as u64);
+                let length = std::num::NonZeroU64::new(length);
+                let _ = rustix::fs::fadvise(&*file, from, length, rustix::fs::Advice::WillNeed);
+            }
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = (block, units);
     }
 
     /// Reads `units` of a block, side by side, and compares them with their checksums.

@@ -117,7 +117,8 @@ impl BlockStore {
             Self::Rings(layers) => {
                 let [keys, values, landmarks] = layers[layer].tensors();
                 let (first, len) = (layers[layer].first(), layers[layer].len());
-                let blocks = Blocks { kept: Kept::Ring { keys, values }, landmarks, first, len, lengths };
+                let kept = Kept::Ring { keys, values };
+                let blocks = Blocks { kept, landmarks: Some(landmarks), first, len, lengths };
                 let chosen = retrieval::select(queries, blocks, top_k, selection)?;
                 Ok((retrieval::attend(queries, blocks, &chosen)?, chosen))
             }

@@ -1,172 +1,149 @@
 //! Choosing blocks without scoring all landmarks: each query scores the centroids of lists, and the landmarks of the best lists alone.
 //!
-//! The queries of a tile are brought to the lists that they chose, so that a list's landmarks are gathered once for all of them. Equal keys
-//! have equal scores, bit for bit, which the rule for ties relies on.
+//! Both are scored by their rounded keys (`rounded`), list by list for all queries that chose a list, so that a list is read once for them. What
+//! scores best is a candidate, and candidates are scored again by their keys as they are. Equal keys have equal scores in both, bit for bit, which
+//! the rule for ties relies on.
 
 use candle_core::{Storage, Tensor};
-use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::forward::{Steps, pack_transposed};
-use super::lanes::Real;
-use super::product::Product;
-use crate::retrieval::{Blocks, Lists, RetrievalShape, SlotQueries};
+use super::rounded::{RoundedKeys, RoundedQueries, scan};
+use crate::retrieval::{Keys, List, Lists, SlotQueries};
 
-/// Queries that share what is gathered.
+/// Queries that share what is read of a list.
 const TILE: usize = 256;
+/// Candidates for each block that is chosen.
+const CANDIDATES: usize = 2;
 
 struct Search<'a> {
-    shape: &'a RetrievalShape,
     /// `[slots, batch, heads, time, head_dim]`
     queries: &'a [f32],
-    /// `[batch * kv_heads, capacity, head_dim]`
-    landmarks: &'a [f32],
-    first: usize,
+    /// Batch, heads, time, head_dim.
+    shape: [usize; 4],
     len: usize,
     newest: usize,
-    scale: f64,
+    keys: &'a dyn Keys,
     lists: &'a [Lists<'a>],
     probes: usize,
     k: usize,
 }
 
-/// The `k` best of scores that come in any order; of equals the older.
+/// The best of scores that come in any order, for each of some queries; of equals the one of the smaller number.
 struct Best {
-    k: usize,
-    /// Best first.
-    found: Vec<(f32, u32)>,
+    limit: usize,
+    /// `[queries, limit]`, the best first: see [`Best::pack`]; 0 where there is none yet.
+    found: Vec<u64>,
 }
 
 impl Best {
-    /// What a score must reach.
-    fn bar(&self) -> f32 {
-        if self.found.len() < self.k { f32::NEG_INFINITY } else { self.found[self.k - 1].0 }
+    fn new(queries: usize, limit: usize) -> Self {
+        Self { limit, found: vec![0; queries * limit] }
     }
 
-    fn offer(&mut self, score: f32, block: u32) {
-        let is_before = |&(other, at): &(f32, u32)| other > score || (other == score && at < block);
-        if self.found.len() == self.k && self.found.last().is_none_or(is_before) {
-            return;
+    /// A score and its number as an integer that is larger if it is better, and never 0.
+    fn pack(score: f32, number: u32) -> u64 {
+        let bits = score.to_bits();
+        let ordered = if bits >> 31 == 0 { bits | 1 << 31 } else { !bits };
+        u64::from(ordered) << 32 | u64::from(!number)
+    }
+
+    /// Says what a score of the query must reach from now on.
+    #[inline(always)]
+    fn offer(&mut self, query: usize, score: f32, number: u32) -> f32 {
+        let (found, new) = (&mut self.found[query * self.limit..][..self.limit], Self::pack(score, number));
+        // What is worse moves down by one, without a branch that nobody foresees.
+        for i in (1..found.len()).rev() {
+            found[i] = found[i].max(found[i - 1].min(new));
         }
-        let place = self.found.partition_point(is_before);
-        self.found.insert(place, (score, block));
-        self.found.truncate(self.k);
+        found[0] = found[0].max(new);
+        self.bar(query)
+    }
+
+    /// What a score must reach.
+    #[inline(always)]
+    fn bar(&self, query: usize) -> f32 {
+        match self.found[(query + 1) * self.limit - 1] {
+            0 => f32::NEG_INFINITY,
+            last => {
+                let ordered = (last >> 32) as u32;
+                f32::from_bits(if ordered >> 31 == 1 { ordered & !(1 << 31) } else { !ordered })
+            }
+        }
+    }
+
+    /// The numbers that were found, the best first.
+    fn numbers(&self, query: usize) -> impl Iterator<Item = u32> {
+        let found = &self.found[query * self.limit..][..self.limit];
+        found.iter().take_while(|&&found| found > 0).map(|&found| !(found as u32))
     }
 }
 
 impl Search<'_> {
-    fn queries(&self, slot: usize, bh: usize, from: usize) -> Steps<'_, f32> {
-        let RetrievalShape { batch, heads, time, head_dim, .. } = *self.shape;
-        let at = ((slot * batch * heads + bh) * time + from) * head_dim;
-        Steps { data: &self.queries[at..], stride: head_dim }
+    fn queries(&self, slot: usize, bh: usize, from: usize, n: usize) -> &[f32] {
+        let [batch, heads, time, d] = self.shape;
+        &self.queries[((slot * batch * heads + bh) * time + from) * d..][..n * d]
     }
 
-    fn landmark(&self, kv: usize, block: usize) -> &[f32] {
-        let RetrievalShape { capacity, head_dim, .. } = *self.shape;
-        &self.landmarks[(kv * capacity + (self.first + block) % capacity) * head_dim..][..head_dim]
-    }
-}
-
-impl WithSimd for &Search<'_> {
-    /// `[batch, heads, time, k]`.
-    type Output = Vec<u32>;
-
-    fn with_simd<S: Simd>(self, s: S) -> Vec<u32> {
-        let &RetrievalShape { batch, heads, time, .. } = self.shape;
-        let mut chosen = vec![0; batch * heads * time * self.k];
-        let tiles = chosen.par_chunks_mut(time * self.k).enumerate().flat_map(|(bh, chosen)| {
-            chosen.par_chunks_mut(TILE * self.k).enumerate().map(move |(i, chosen)| (bh, i * TILE, chosen))
-        });
-        tiles.for_each(|(bh, from, chosen)| s.vectorize(Tile { s, search: self, bh, from, chosen }));
-        chosen
-    }
-}
-
-struct Tile<'a, S> {
-    s: S,
-    search: &'a Search<'a>,
-    bh: usize,
-    from: usize,
-    chosen: &'a mut [u32],
-}
-
-impl<S: Simd> WithSimd for Tile<'_, S> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S2: Simd>(self, _: S2) {
-        let Self { s, search, bh, from, chosen } = self;
-        let &Search { k, newest, scale, probes, .. } = search;
-        let (d, n, kv) = (search.shape.head_dim, chosen.len() / k, search.shape.kv(bh));
-        let Lists { centroids, members } = &search.lists[kv];
-        let mut packed = Vec::new();
-        let mut scores = Vec::new();
+    /// The blocks `[queries, k]` of head `bh`'s queries from `from` on.
+    fn choose(&self, bh: usize, from: usize, chosen: &mut [u32]) {
+        let (k, [batch, heads, _, d]) = (self.k, self.shape);
+        let (n, kv) = (chosen.len() / k, bh / (batch * heads / self.lists.len()));
+        let Lists { origin, centroids, lists } = self.lists[kv];
+        let queries = RoundedQueries::new(self.queries(0, bh, from, n), d);
+        let all: Vec<u32> = (0..n as u32).collect();
+        let mut bars = vec![f32::NEG_INFINITY; n];
 
         // 1. The best lists of each query, as pairs (list, query).
-        pack_transposed::<S, f32>(s, &mut packed, search.queries(0, bh, from), n, d, scale);
-        product(s, centroids, d, &packed, n, &mut scores);
-        let lanes = n.div_ceil(f32::lanes::<S>()) * f32::lanes::<S>();
-        let of_centroids: &[f32] = bytemuck::cast_slice(&scores);
-        let probes = probes.min(members.len());
-        let mut pairs = Vec::with_capacity(n * probes);
-        let mut ranked: Vec<(f32, u32)> = Vec::with_capacity(members.len());
-        for query in 0..n {
-            ranked.clear();
-            ranked.extend((0..members.len()).map(|list| (of_centroids[list * lanes + query], list as u32)));
-            if probes < ranked.len() {
-                ranked.select_nth_unstable_by(probes - 1, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-            }
-            pairs.extend(ranked[..probes].iter().map(|&(_, list)| (list, query as u32)));
-        }
+        let mut best = Best::new(n, self.probes.min(lists.len()));
+        scan(centroids, &queries, &all, &mut bars, |query, list, score| best.offer(query, score, list as u32));
+        let pairs = all.iter().flat_map(|&query| best.numbers(query as usize).map(move |list| (list, query)));
+        let mut pairs: Vec<(u32, u32)> = pairs.collect();
         pairs.sort_unstable();
 
-        // 2. List by list, the landmarks for the queries that chose it.
-        let older = search.len - newest;
-        let mut best: Vec<Best> = (0..n).map(|_| Best { k, found: Vec::with_capacity(k + 1) }).collect();
-        let mut bars = Vec::new();
-        let (mut keys, mut some) = (Vec::new(), Vec::new());
-        for group in pairs.chunk_by(|a, b| a.0 == b.0) {
-            let members = &members[group[0].0 as usize];
-            // The newest are the last of a list, and have slots of their own.
-            let members = &members[..members.partition_point(|&block| (block as usize) < older)];
-            keys.clear();
-            members.iter().for_each(|&block| keys.extend_from_slice(search.landmark(kv, block as usize)));
-            some.clear();
-            for &(_, query) in group {
-                some.extend_from_slice(&search.queries(0, bh, from + query as usize).data[..d]);
-            }
-            let steps = Steps { data: &some, stride: d };
-            pack_transposed::<S, f32>(s, &mut packed, steps, group.len(), d, scale);
-            product(s, &keys, d, &packed, group.len(), &mut scores);
-            let lanes = group.len().div_ceil(f32::lanes::<S>()) * f32::lanes::<S>();
-            let scores: &[f32] = bytemuck::cast_slice(&scores);
-            bars.clear();
-            bars.extend(group.iter().map(|&(_, query)| best[query as usize].bar()));
-            for (row, &block) in scores.chunks_exact(lanes).zip(members) {
-                // Most landmarks are not among the best of any query.
-                if !row.iter().zip(&bars).any(|(score, bar)| score >= bar) {
-                    continue;
-                }
-                for ((&score, &(_, query)), bar) in row.iter().zip(group).zip(&mut bars) {
-                    if score >= *bar {
-                        best[query as usize].offer(score, block);
-                        *bar = best[query as usize].bar();
-                    }
-                }
-            }
+        // 2. List by list, the best landmarks for the queries that look at it. The newest have slots of their own.
+        let older = (self.len - self.newest) as u32;
+        let mut best = Best::new(n, CANDIDATES * k);
+        bars.fill(f32::NEG_INFINITY);
+        let mut readers = Vec::new();
+        for pairs in pairs.chunk_by(|a, b| a.0 == b.0) {
+            let List { blocks, keys } = &lists[pairs[0].0 as usize];
+            readers.clear();
+            readers.extend(pairs.iter().map(|&(_, query)| query));
+            scan(keys, &queries, &readers, &mut bars, |query, at, score| match blocks[at] {
+                block if block < older => best.offer(query, score, block),
+                _ => best.bar(query),
+            });
         }
 
-        // 3. The newest, each at its own slot.
-        for i in 0..newest {
-            pack_transposed::<S, f32>(s, &mut packed, search.queries(i + 1, bh, from), n, d, scale);
-            product(s, search.landmark(kv, older + i), d, &packed, n, &mut scores);
-            let scores: &[f32] = bytemuck::cast_slice(&scores);
-            best.iter_mut().zip(scores).for_each(|(best, &score)| best.offer(score, (older + i) as u32));
+        // 3. Tokens of a chunk look for much the same: what one has found is shown to all.
+        if n > 1 {
+            let mut shared: Vec<u32> = (0..n).flat_map(|query| best.numbers(query).take(k)).collect();
+            shared.sort_unstable();
+            shared.dedup();
+            let (mut key, mut keys) = (vec![0.; d], RoundedKeys::new(d));
+            for &block in &shared {
+                self.keys.key(kv, block as usize, &mut key);
+                keys.push(&key, origin);
+            }
+            scan(&keys, &queries, &all, &mut bars, |query, at, score| match shared[at] {
+                block if best.numbers(query).any(|found| found == block) => best.bar(query),
+                block => best.offer(query, score, block),
+            });
         }
-        for (chosen, best) in chosen.chunks_exact_mut(k).zip(best) {
+
+        // 4. These and the newest, scored as they are.
+        let mut key = vec![0.; d];
+        for (i, chosen) in chosen.chunks_exact_mut(k).enumerate() {
+            let mut chosen_now = Best::new(1, k);
+            let mut offer = |slot, block: u32| {
+                self.keys.key(kv, block as usize, &mut key);
+                chosen_now.offer(0, dot(self.queries(slot, bh, from + i, 1), &key), block);
+            };
+            best.numbers(i).for_each(|block| offer(0, block));
+            (0..self.newest).for_each(|i| offer(i + 1, older + i as u32));
             // Lists with fewer landmarks than are wanted are filled up with the oldest blocks.
-            let mut blocks: Vec<u32> = best.found.iter().map(|&(_, block)| block).collect();
-            let mut fill = (0..).filter(|block| best.found.iter().all(|(_, other)| other != block));
+            let mut blocks: Vec<u32> = chosen_now.numbers(0).collect();
+            let mut fill = (0..).filter(|block| chosen_now.numbers(0).all(|other| other != *block));
             while blocks.len() < k {
                 blocks.extend(fill.next());
             }
@@ -176,54 +153,39 @@ impl<S: Simd> WithSimd for Tile<'_, S> {
     }
 }
 
-/// Base-2 scores `[rows, registers]` of rows of keys for packed queries.
-#[inline(always)]
-fn product<S: Simd>(s: S, keys: &[f32], d: usize, packed: &[S::f32s], n: usize, scores: &mut Vec<S::f32s>) {
-    let (m, nv) = (keys.len() / d, n.div_ceil(f32::lanes::<S>()));
-    scores.clear();
-    scores.resize(m * nv, s.splat_f32s(0.));
-    let product: Product<'_, S, f32> = Product {
-        s,
-        m,
-        n: nv,
-        k: d,
-        a: keys,
-        a_row: d,
-        a_col: 1,
-        b: packed,
-        b_row: nv,
-        c: scores,
-        c_row: nv,
-        accumulate: false,
-    };
-    product.run();
+/// The product of a query with a key.
+fn dot(query: &[f32], key: &[f32]) -> f32 {
+    let mut sums = [0f32; 16];
+    let (queries, keys) = (query.as_chunks::<16>(), key.as_chunks::<16>());
+    for (query, key) in queries.0.iter().zip(keys.0) {
+        for i in 0..16 {
+            sums[i] += query[i] * key[i];
+        }
+    }
+    let rest: f32 = queries.1.iter().zip(keys.1).map(|(query, key)| query * key).sum();
+    sums.iter().sum::<f32>() + rest
 }
 
-/// See [`crate::retrieval::select_in_lists`]; arguments were checked, and there are more blocks than `k`.
+/// See [`crate::retrieval::select_in_lists`]; arguments were checked. `shape` is batch, heads, time and head_dim.
 pub(crate) fn select(
-    shape: &RetrievalShape,
     queries: SlotQueries,
-    blocks: Blocks,
+    shape: [usize; 4],
+    len: usize,
+    keys: &dyn Keys,
     k: usize,
     lists: &[Lists],
     probes: usize,
 ) -> candle_core::Result<Tensor> {
-    let (q, landmarks) = (queries.queries.storage_and_layout(), blocks.landmarks.storage_and_layout());
-    let (Storage::Cpu(q_storage), Storage::Cpu(landmarks_storage)) = (&*q.0, &*landmarks.0) else {
-        candle_core::bail!("retrieval: expected tensors on the CPU")
-    };
-    let search = Search {
-        shape,
-        queries: &q_storage.as_slice::<f32>()?[q.1.start_offset()..],
-        landmarks: &landmarks_storage.as_slice::<f32>()?[landmarks.1.start_offset()..],
-        first: blocks.first,
-        len: blocks.len,
-        newest: queries.newest,
-        scale: queries.scale * std::f64::consts::LOG2_E,
-        lists,
-        probes,
-        k,
-    };
-    let chosen = Arch::new().dispatch(&search);
-    Tensor::from_vec(chosen, (shape.batch, shape.heads, shape.time, k), queries.queries.device())
+    let (storage, layout) = queries.queries.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else { candle_core::bail!("retrieval: expected tensors on the CPU") };
+    let newest = queries.newest;
+    let queries_of_slots = &storage.as_slice::<f32>()?[layout.start_offset()..];
+    let search = Search { queries: queries_of_slots, shape, len, newest, keys, lists, probes, k };
+    let [batch, heads, time, _] = shape;
+    let mut chosen = vec![0; batch * heads * time * k];
+    let tiles = chosen.par_chunks_mut(time * k).enumerate().flat_map(|(bh, chosen)| {
+        chosen.par_chunks_mut(TILE * k).enumerate().map(move |(i, chosen)| (bh, i * TILE, chosen))
+    });
+    tiles.for_each(|(bh, from, chosen)| search.choose(bh, from, chosen));
+    Tensor::from_vec(chosen, (batch, heads, time, k), queries.queries.device())
 }

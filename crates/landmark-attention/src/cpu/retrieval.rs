@@ -493,12 +493,13 @@ fn with_operands<T: Real + WithDType, R>(
     blocks: Blocks,
     f: impl FnOnce(Operands<T>) -> R,
 ) -> candle_core::Result<R> {
-    let mut tensors = vec![queries.queries, blocks.landmarks];
+    let mut tensors = vec![queries.queries];
     match blocks.kept {
         Kept::Ring { keys, values } => tensors.extend([keys, values]),
         Kept::Pool { pool, .. } => tensors.extend(pool.tensors()),
         Kept::Frames { .. } => {}
     }
+    tensors.extend(blocks.landmarks);
     let guards: Vec<_> = tensors.into_iter().map(|t| t.storage_and_layout()).collect();
     let mut slices = Vec::with_capacity(4);
     for (storage, layout) in &guards {
@@ -511,11 +512,11 @@ fn with_operands<T: Real + WithDType, R>(
         shape,
         queries: slices[0],
         kept: match blocks.kept {
-            Kept::Ring { .. } => Slices::Ring { keys: slices[2], values: slices[3] },
+            Kept::Ring { .. } => Slices::Ring { keys: slices[1], values: slices[2] },
             Kept::Frames { frames, .. } => Slices::Frames(frames),
-            Kept::Pool { frames, .. } => Slices::Pool { keys: slices[2], values: slices[3], frames },
+            Kept::Pool { frames, .. } => Slices::Pool { keys: slices[1], values: slices[2], frames },
         },
-        landmarks: slices[1],
+        landmarks: blocks.landmarks.map_or(&[], |_| slices[slices.len() - 1]),
         first: blocks.first,
         len: blocks.len,
         lengths: blocks.lengths,

@@ -17,7 +17,7 @@ use crate::{Error, Result};
 const MAX_K: usize = 8192;
 
 /// What the kernels do not take.
-pub(crate) fn check(op: &'static str, queries: &Tensor, landmarks: &Tensor, block: usize) -> Result<()> {
+pub(crate) fn check(op: &'static str, queries: &Tensor, capacity: usize, block: usize) -> Result<()> {
     let shape = |tensor, x: &Tensor, expected| Error::Shape { op, tensor, got: x.dims().to_vec(), expected };
     if queries.dims()[4] > MAX_HEAD_DIM {
         return Err(shape("queries", queries, format!("a head_dim of at most {MAX_HEAD_DIM} on a GPU")));
@@ -25,8 +25,9 @@ pub(crate) fn check(op: &'static str, queries: &Tensor, landmarks: &Tensor, bloc
     if queries.dims()[1..4].iter().product::<usize>() > i32::MAX as usize / MAX_HEAD_DIM {
         return Err(shape("queries", queries, "at most 2^23 of them a slot on a GPU".into()));
     }
-    if landmarks.dims()[2].max(block) > i32::MAX as usize / 4 {
-        return Err(shape("landmarks", landmarks, "at most 2^29 blocks, of as many tokens, on a GPU".into()));
+    if capacity.max(block) > i32::MAX as usize / 4 {
+        let got = format!("{capacity} of {block}");
+        return Err(Error::Param { op, name: "blocks", got, expected: "at most 2^29, of as many tokens, on a GPU" });
     }
     Ok(())
 }
@@ -77,7 +78,7 @@ fn retrieval_params(
         queries: address(queries.queries)?,
         keys: address(keys)?,
         values: address(values)?,
-        landmarks: address(blocks.landmarks)?,
+        landmarks: blocks.landmarks.map_or(Ok(0), address)?,
         lengths: 0,
         chosen: 0,
         out: 0,

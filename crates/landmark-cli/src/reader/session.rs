@@ -60,7 +60,7 @@ pub struct SessionFlags {
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
     /// RAM for blocks that are in use, such as 500MB or 2GiB; what one chunk reads in one layer is in RAM at least
-    #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "256MiB")]
+    #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "512MiB")]
     ram: u64,
     /// GPU memory for blocks that are in use, beside the landmarks of all; what one token reads in one layer is there at least. Left out: 2GiB
     #[arg(long, value_name = "SIZE", value_parser = bytes)]

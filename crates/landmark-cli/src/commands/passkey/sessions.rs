@@ -24,7 +24,7 @@ pub struct Flags {
     #[arg(long, value_name = "TYPE", default_value = "float32", requires = "sessions")]
     pub block_dtype: BlockType,
     /// RAM for blocks that are in use
-    #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "256MiB", requires = "sessions")]
+    #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "512MiB", requires = "sessions")]
     pub ram: u64,
 }
 

@@ -1,0 +1,388 @@
+//! Keys rounded to eight bits, and which of them score best with a query.
+//!
+//! Keys come in groups of 16 whose channels interleave by fours: a register holds four channels of 16 keys, and a query's same four channels meet
+//! all of them. What is summed are integers, so all machines find the same scores, and equal keys have equal ones.
+
+/// Keys of a group.
+const GROUP: usize = 16;
+/// Channels that lie side by side.
+const WORD: usize = 4;
+/// Added to a rounded channel of a key: the machine multiplies unsigned bytes with signed ones.
+const OFFSET: i32 = 128;
+
+/// Keys in eight bits a channel and a factor for each.
+///
+/// Keys of a head have most of themselves in common, and what is common changes no choice: they are rounded less an origin, the same for all that are
+/// compared.
+#[derive(Debug, Clone, Default)]
+pub struct RoundedKeys {
+    head_dim: usize,
+    /// `[groups, words, GROUP, WORD]`, plus [`OFFSET`].
+    bytes: Vec<u8>,
+    /// By group; NaN where it has no key: that reaches nothing.
+    factors: Vec<[f32; GROUP]>,
+    len: usize,
+}
+
+impl RoundedKeys {
+    /// No keys, of so many channels.
+    pub fn new(head_dim: usize) -> Self {
+        Self { head_dim, bytes: Vec::new(), factors: Vec::new(), len: 0 }
+    }
+
+    /// Keys that there are.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Channels of a key.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Bytes of memory.
+    pub fn bytes(&self) -> usize {
+        self.bytes.capacity() + 4 * GROUP * self.factors.capacity()
+    }
+
+    /// Puts a key, less `origin`, after the others.
+    pub fn push(&mut self, key: &[f32], origin: &[f32]) {
+        if self.len.is_multiple_of(GROUP) {
+            let group = self.head_dim.div_ceil(WORD) * WORD * GROUP;
+            // Many lists, each of them large: an eighth more than there is, and not twice as much.
+            if self.bytes.capacity() < self.bytes.len() + group {
+                let more = (self.len / GROUP / 8).max(2);
+                self.bytes.reserve_exact(more * group);
+                self.factors.reserve_exact(more);
+            }
+            self.bytes.resize(self.bytes.len() + group, OFFSET as u8);
+            self.factors.push([f32::NAN; GROUP]);
+        }
+        self.len += 1;
+        self.set(self.len - 1, key, origin);
+    }
+
+    /// Puts a key, less `origin`, in the place of another.
+    pub fn set(&mut self, at: usize, key: &[f32], origin: &[f32]) {
+        let (group, lane) = (at / GROUP, at % GROUP);
+        let words = self.head_dim.div_ceil(WORD);
+        let bytes = &mut self.bytes[group * words * WORD * GROUP..][..words * WORD * GROUP];
+        let (factor, inverse) = factors(key.iter().zip(origin).map(|(x, origin)| x - origin));
+        for (channel, (x, origin)) in key.iter().zip(origin).enumerate() {
+            let byte = &mut bytes[(channel / WORD * GROUP + lane) * WORD + channel % WORD];
+            *byte = (i32::from(rounded((x - origin) * inverse)) + OFFSET) as u8;
+        }
+        self.factors[group][lane] = factor;
+    }
+}
+
+/// What a rounded channel stands for, and its inverse.
+fn factors(x: impl Iterator<Item = f32>) -> (f32, f32) {
+    let largest = x.fold(0f32, |largest, x| largest.max(x.abs()));
+    if largest > 0. { (largest / 127., 127. / largest) } else { (0., 0.) }
+}
+
+/// The integer that a number between -128 and 127 is nearest to: added to 1.5 * 2^23, it is in the low bits.
+fn rounded(x: f32) -> i8 {
+    (x + 12_582_912.).to_bits() as i8
+}
+
+/// Queries of one head, likewise rounded. Their scores are times a positive factor of each, which no choice depends on.
+#[derive(Debug)]
+pub struct RoundedQueries {
+    /// `[queries, words]`, four channels each.
+    words: Vec<i32>,
+    /// What the keys' [`OFFSET`] adds to the scores of each.
+    surplus: Vec<i32>,
+}
+
+impl RoundedQueries {
+    /// Queries `[queries, head_dim]`.
+    pub fn new(queries: &[f32], head_dim: usize) -> Self {
+        let words = head_dim.div_ceil(WORD);
+        let mut all = Self { words: Vec::with_capacity(queries.len() / head_dim * words), surplus: Vec::new() };
+        for query in queries.chunks_exact(head_dim) {
+            let (_, inverse) = factors(query.iter().copied());
+            let mut sum = 0;
+            for channels in query.chunks(WORD) {
+                let mut bytes = [0u8; WORD];
+                for (byte, x) in bytes.iter_mut().zip(channels) {
+                    let x = rounded(x * inverse);
+                    sum += i32::from(x);
+                    *byte = x.cast_unsigned();
+                }
+                all.words.push(i32::from_le_bytes(bytes));
+            }
+            all.surplus.push(OFFSET * sum);
+        }
+        all
+    }
+}
+
+/// The instructions that scores are made of.
+trait Products: Copy {
+    /// The sums of products of a query with the keys of a group.
+    type Sums: Copy;
+
+    /// Those of `Q` queries and `G` groups, of so many words each.
+    fn products<const Q: usize, const G: usize>(
+        self,
+        words: usize,
+        groups: [&[u8]; G],
+        queries: [&[i32]; Q],
+    ) -> [[Self::Sums; G]; Q];
+
+    /// Scores, and a bit for each that reaches `bar`.
+    fn scores(self, sums: Self::Sums, surplus: i32, factors: &[f32; GROUP], bar: f32) -> ([f32; GROUP], u16);
+}
+
+/// Any machine.
+#[derive(Clone, Copy)]
+struct Portable;
+
+impl Products for Portable {
+    type Sums = [i32; GROUP];
+
+    #[inline(always)]
+    fn products<const Q: usize, const G: usize>(
+        self,
+        words: usize,
+        groups: [&[u8]; G],
+        queries: [&[i32]; Q],
+    ) -> [[[i32; GROUP]; G]; Q] {
+        let mut sums = [[[0; GROUP]; G]; Q];
+        for word in 0..words {
+            for (g, bytes) in groups.iter().enumerate() {
+                let keys = bytes[word * WORD * GROUP..][..WORD * GROUP].as_chunks::<WORD>().0;
+                for (sums, query) in sums.iter_mut().zip(queries) {
+                    let query = query[word].to_le_bytes().map(|byte| i32::from(byte.cast_signed()));
+                    for (sum, key) in sums[g].iter_mut().zip(keys) {
+                        *sum += (0..WORD).map(|i| query[i] * i32::from(key[i])).sum::<i32>();
+                    }
+                }
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn scores(self, sums: [i32; GROUP], surplus: i32, factors: &[f32; GROUP], bar: f32) -> ([f32; GROUP], u16) {
+        let scores: [f32; GROUP] = std::array::from_fn(|i| (sums[i] - surplus) as f32 * factors[i]);
+        let best = scores.iter().fold(f32::NEG_INFINITY, |best, &score| if score > best { score } else { best });
+        if best < bar {
+            return (scores, 0);
+        }
+        let bits = scores.iter().enumerate().map(|(i, &score)| u16::from(score >= bar) << i);
+        (scores, bits.fold(0, |bits, bit| bits | bit))
+    }
+}
+
+/// Machines with AVX-512 and its products of bytes.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+struct Vnni;
+
+#[cfg(target_arch = "x86_64")]
+impl Products for Vnni {
+    type Sums = std::arch::x86_64::__m512i;
+
+    #[inline(always)]
+    fn products<const Q: usize, const G: usize>(
+        self,
+        words: usize,
+        groups: [&[u8]; G],
+        queries: [&[i32]; Q],
+    ) -> [[Self::Sums; G]; Q] {
+        use std::arch::x86_64::{_mm512_dpbusd_epi32, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_si512};
+        let groups = groups.map(|bytes| &bytes[..words * WORD * GROUP]);
+        let queries = queries.map(|query| &query[..words]);
+        // SAFETY: only `scan_vnni` comes here, on machines that have these instructions; the slices were cut to what is read, a register a word.
+        unsafe {
+            let mut sums = [[_mm512_setzero_si512(); G]; Q];
+            for word in 0..words {
+                let keys = groups.map(|bytes| _mm512_loadu_si512(bytes.as_ptr().add(word * WORD * GROUP).cast()));
+                for (sums, query) in sums.iter_mut().zip(queries) {
+                    let query = _mm512_set1_epi32(*query.get_unchecked(word));
+                    for (sum, keys) in sums.iter_mut().zip(keys) {
+                        *sum = _mm512_dpbusd_epi32(*sum, keys, query);
+                    }
+                }
+            }
+            sums
+        }
+    }
+
+    #[inline(always)]
+    fn scores(self, sums: Self::Sums, surplus: i32, factors: &[f32; GROUP], bar: f32) -> ([f32; GROUP], u16) {
+        use std::arch::x86_64::{
+            _CMP_GE_OQ, _mm512_cmp_ps_mask, _mm512_cvtepi32_ps, _mm512_loadu_ps, _mm512_mul_ps, _mm512_set1_epi32,
+            _mm512_set1_ps, _mm512_sub_epi32,
+        };
+        // SAFETY: as above; a register is as long as the factors of a group, and as its scores.
+        unsafe {
+            let sums = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, _mm512_set1_epi32(surplus)));
+            let scores = _mm512_mul_ps(sums, _mm512_loadu_ps(factors.as_ptr()));
+            let reach = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(scores, _mm512_set1_ps(bar));
+            (std::mem::transmute::<std::arch::x86_64::__m512, [f32; GROUP]>(scores), reach)
+        }
+    }
+}
+
+/// Which queries look at which keys, and what they are told.
+struct Scan<'a, F> {
+    keys: &'a RoundedKeys,
+    queries: &'a RoundedQueries,
+    /// The queries that look, and for each of all what a score must reach.
+    some: &'a [u32],
+    bars: &'a mut [f32],
+    /// Told query, key and score; says what a score must reach from now on.
+    offer: F,
+}
+
+impl<F: FnMut(usize, usize, f32) -> f32> Scan<'_, F> {
+    #[inline(always)]
+    fn run(mut self, products: impl Products) {
+        let (queries, rest) = self.some.as_chunks::<4>();
+        let groups = self.keys.len.div_ceil(GROUP);
+        for &queries in queries {
+            let mut group = 0;
+            while group + 2 <= groups {
+                self.tile::<4, 2>(products, queries, group);
+                group += 2;
+            }
+            if group < groups {
+                self.tile::<4, 1>(products, queries, group);
+            }
+        }
+        for &query in rest {
+            let mut group = 0;
+            while group + 4 <= groups {
+                self.tile::<1, 4>(products, [query], group);
+                group += 4;
+            }
+            for group in group..groups {
+                self.tile::<1, 1>(products, [query], group);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn tile<const Q: usize, const G: usize>(&mut self, products: impl Products, queries: [u32; Q], group: usize) {
+        let words = self.keys.head_dim.div_ceil(WORD);
+        let size = words * WORD * GROUP;
+        let groups: [usize; G] = std::array::from_fn(|g| group + g);
+        let sums = products.products(
+            words,
+            groups.map(|group| &self.keys.bytes[group * size..][..size]),
+            queries.map(|query| &self.queries.words[query as usize * words..][..words]),
+        );
+        for (sums, query) in sums.iter().zip(queries.map(|query| query as usize)) {
+            for (&sums, group) in sums.iter().zip(groups) {
+                let surplus = self.queries.surplus[query];
+                let (scores, mut bits) = products.scores(sums, surplus, &self.keys.factors[group], self.bars[query]);
+                // Most keys are not among the best of any query.
+                while bits > 0 {
+                    let i = bits.trailing_zeros() as usize;
+                    bits &= bits - 1;
+                    if scores[i] >= self.bars[query] {
+                        self.bars[query] = (self.offer)(query, group * GROUP + i, scores[i]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn scan_vnni<F: FnMut(usize, usize, f32) -> f32>(scan: Scan<F>) {
+    scan.run(Vnni);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn scan_avx2<F: FnMut(usize, usize, f32) -> f32>(scan: Scan<F>) {
+    scan.run(Portable);
+}
+
+/// Scores all keys for `some` of the queries. `offer` is told query, key and score of those that reach the query's bar, in the order of keys, and gives its
+/// new bar.
+pub fn scan(
+    keys: &RoundedKeys,
+    queries: &RoundedQueries,
+    some: &[u32],
+    bars: &mut [f32],
+    offer: impl FnMut(usize, usize, f32) -> f32,
+) {
+    let scan = Scan { keys, queries, some, bars, offer };
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::is_x86_feature_detected as has;
+        if has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512vnni") {
+            // SAFETY: the machine has these instructions.
+            return unsafe { scan_vnni(scan) };
+        }
+        if has!("avx2") {
+            // SAFETY: the machine has these instructions.
+            return unsafe { scan_avx2(scan) };
+        }
+    }
+    scan.run(Portable);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers between -1 and 1 that repeat after a long time.
+    fn numbers(n: usize, mut state: u64) -> Vec<f32> {
+        let mut next = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.
+        };
+        (0..n).map(|_| next()).collect()
+    }
+
+    /// Whatever instructions this machine has find what any machine finds, to the bit, and it is near what the numbers are.
+    #[test]
+    fn all_machines_find_the_same() {
+        for (d, keys, queries) in [(64, 70, 9), (64, 16, 1), (6, 33, 4), (7, 1, 3), (128, 100, 6), (40, 15, 13)] {
+            let (origin, rows) = (numbers(d, 3), numbers(keys * d, 1));
+            let query_rows: Vec<f32> = numbers(queries * d, 2).iter().map(|x| 5. * x).collect();
+            let mut all = RoundedKeys::new(d);
+            rows.chunks(d).for_each(|key| all.push(key, &origin));
+            let rounded = RoundedQueries::new(&query_rows, d);
+            let some: Vec<u32> = (0..queries as u32).filter(|query| query % 5 != 2).collect();
+            for bar in [f32::NEG_INFINITY, 40.] {
+                let (mut here, mut anywhere) = (Vec::new(), Vec::new());
+                scan(&all, &rounded, &some, &mut vec![bar; queries], |query, key, score| {
+                    here.push((query, key, score.to_bits()));
+                    bar
+                });
+                let bars = &mut vec![bar; queries];
+                let offer = |query, key, score: f32| {
+                    anywhere.push((query, key, score.to_bits()));
+                    bar
+                };
+                Scan { keys: &all, queries: &rounded, some: &some, bars, offer }.run(Portable);
+                assert_eq!(here, anywhere);
+                if bar < 0. {
+                    assert_eq!(here.len(), some.len() * keys, "each key once for each query");
+                }
+                for (query, key, score) in here {
+                    assert!(some.contains(&(query as u32)));
+                    let (q, k) = (&query_rows[query * d..][..d], &rows[key * d..][..d]);
+                    let (factor, _) = factors(q.iter().copied());
+                    let exact: f32 = q.iter().zip(k).zip(&origin).map(|((q, k), origin)| q * (k - origin)).sum();
+                    let off = (f32::from_bits(score) * factor - exact).abs();
+                    assert!(off < 0.02 * 5. * (d as f32).sqrt(), "{off} of {exact}");
+                }
+            }
+        }
+    }
+}
