@@ -117,21 +117,25 @@ impl Chunks {
         let dw = if learn > 0 { Some(Fresh::new(device, (learn, width), DType::F32)?) } else { None };
         let size = x.dtype().size_in_bytes();
         let step = (CHUNK / (vocab * size)).clamp(1, n).next_multiple_of(128).min(n);
-        // Rows begin where products can read 16 bytes at once, whatever the size of the vocabulary.
+        // Whatever the size of the vocabulary, products have sizes for which cuBLASLt has kernels of this decade: with one entry too many a product takes
+        // seven times as long. Entries that are none have rows of zeros in w, so logits and gradients of zero, which nobody looks at.
         let pitch = vocab.next_multiple_of(8);
         let logits = Fresh::new(device, (step, pitch), x.dtype())?;
         let (logits_at, logits) = (logits.address, logits.tensor());
-        let weight = in_type(w, x.dtype())?;
-        let w_vc = Matrix::new(address(OP, "w", &weight)?, dtype, vocab, width);
+        let mut weight = in_type(w, x.dtype())?;
+        if pitch > vocab {
+            weight = Tensor::cat(&[&weight, &Tensor::zeros((pitch - vocab, width), x.dtype(), x.device())?], 0)?;
+        }
+        let w_pc = Matrix::new(address(OP, "w", &weight)?, dtype, pitch, width);
         let (x_at, targets_at, shares_at) =
             (address(OP, "x", x)?, address(OP, "targets", &targets)?, address(OP, "shares", &shares)?);
         for from in (0..n).step_by(step) {
             let rows = step.min(n - from);
             let row_bytes = (from * width * size) as u64;
             let x_nc = Matrix::new(x_at + row_bytes, dtype, rows, width);
-            let logits_nv = Matrix::new(logits_at, dtype, rows, vocab).with_pitch(pitch);
+            let logits_np = Matrix::new(logits_at, dtype, rows, pitch);
             // SAFETY: live contiguous allocations of the sizes that `check` made sure of; `from + rows` is at most n.
-            unsafe { product(device, x_nc, w_vc.t(), logits_nv, None)? };
+            unsafe { product(device, x_nc, w_pc.t(), logits_np, None)? };
             run(OP, device, |stream| {
                 let (targets, shares) = (targets_at + 4 * from as u64, shares_at + 4 * from as u64);
                 let losses = losses.address + 4 * from as u64;
@@ -157,7 +161,7 @@ impl Chunks {
             if let Some(dx) = &dx {
                 let dx_nc = Matrix::new(dx.address + row_bytes, dtype, rows, width);
                 // SAFETY: as above.
-                unsafe { product(device, logits_nv, w_vc, dx_nc, None)? };
+                unsafe { product(device, logits_np, w_pc, dx_nc, None)? };
             }
             if let Some(dw) = &dw {
                 let dw_lc = Matrix::new(dw.address, ElementType::F32, learn, width);
@@ -168,7 +172,7 @@ impl Chunks {
                 };
                 let d_logits = match &column {
                     Some(column) => Matrix::new(address(OP, "logits", column)?, dtype, rows, 1),
-                    None => logits_nv,
+                    None => Matrix::new(logits_at, dtype, rows, vocab).with_pitch(pitch),
                 };
                 // SAFETY: as above; the first chunk writes all of dw, the others add to it.
                 unsafe { product(device, d_logits.t(), x_nc, dw_lc, added)? };
