@@ -93,7 +93,7 @@ impl LandmarkCache {
     pub fn in_tiers_with_pool(config: CacheConfig, rope: Rope, tiers: Tiers, pool: PoolTier) -> Result<Self> {
         config.check()?;
         let paged = Paged::new(&config, rope.head_dim(), Tiers { scoring: Scoring::Exact, ..tiers }, None)?;
-        let store = Pooled::new(&config, paged, tiers.ram, pool, &[])?;
+        let store = Pooled::new(&config, paged.without_landmarks(), tiers.ram, pool, &[])?;
         Ok(Self::with_store(config, rope, BlockStore::Pooled(Box::new(store))))
     }
 

@@ -55,7 +55,9 @@ pub struct Paged {
     heads: [usize; 2],
     /// Blocks that are cached.
     len: usize,
-    /// Landmark keys `[batch, kv_heads, capacity, head_dim]` of each layer, as long as all are scored.
+    /// Blocks that are kept, if not all.
+    max_blocks: Option<usize>,
+    /// Landmark keys `[batch, kv_heads, capacity, head_dim]` of each layer, as long as all are scored here.
     scored: Vec<Ring<1>>,
     frames: Frames,
     scoring: Scoring,
@@ -101,6 +103,7 @@ impl Paged {
             shape,
             heads,
             len: 0,
+            max_blocks: config.max_blocks,
             scored: (0..config.layers).map(ring).collect::<Result<_>>()?,
             frames: Frames::new(shape.units(), codec.elements(), tiers.ram),
             scoring: tiers.scoring,
@@ -114,6 +117,14 @@ impl Paged {
             pending: Vec::new(),
             records: Vec::new(),
         })
+    }
+
+    /// The same for who scores landmarks elsewhere, and keeps them there.
+    pub fn without_landmarks(mut self) -> Self {
+        self.scored.clear();
+        self.index.clear();
+        self.landmarks.clear();
+        self
     }
 
     /// Takes over the first `blocks` on disk without those that are `dropped`; `each` is told those that are taken.
@@ -155,6 +166,10 @@ impl Paged {
     fn append_landmarks(&mut self, landmarks: &[&[f32]], blocks: usize) -> Result<()> {
         let (n, d, heads) = (landmarks.len(), self.shape.codec.head_dim, self.shape.heads);
         if n == 0 {
+            return Ok(());
+        }
+        if self.scored.is_empty() {
+            self.len = self.max_blocks.map_or(self.len + n, |max| max.min(self.len + n));
             return Ok(());
         }
         self.landmarks.par_iter_mut().enumerate().for_each(|(layer, own)| {

@@ -50,7 +50,7 @@ pub struct Pooled {
 }
 
 impl Pooled {
-    /// Above a store that is empty, or has the blocks whose `landmarks` are given, block by block, of all layers and heads; `ram` bytes hold what was
+    /// Above a store [without landmarks](Paged::without_landmarks) that is empty, or has the blocks whose `landmarks` are given, block by block, of all layers and heads; `ram` bytes hold what was
     /// read from disk.
     pub fn new(config: &CacheConfig, paged: Paged, ram: usize, tier: PoolTier, landmarks: &[f32]) -> Result<Self> {
         let (shape, heads) = (*paged.shape(), [config.batch, config.kv_heads]);
@@ -98,8 +98,7 @@ impl Pooled {
 
     /// Makes room for the landmarks of so many blocks.
     pub fn reserve(&mut self, blocks: usize) -> Result<()> {
-        self.landmarks.iter_mut().try_for_each(|ring| ring.reserve(blocks))?;
-        self.paged.reserve(blocks)
+        self.landmarks.iter_mut().try_for_each(|ring| ring.reserve(blocks))
     }
 
     /// Units that were sent to the pool, and that were found there.

@@ -218,7 +218,8 @@ impl Session {
         ram: usize,
         scoring: Scoring,
     ) -> Result<(LandmarkCache, Option<Vec<f32>>)> {
-        let (paged, text) = self.restore(&config, &rope, ram, scoring, |_| {})?;
+        let mut paged = self.paged(&config, &rope, ram, scoring)?;
+        let text = self.restore(&mut paged, |_| {})?;
         Ok(self.go_on(LandmarkCache::with_store(config, rope, BlockStore::Paged(Box::new(paged))), text))
     }
 
@@ -236,7 +237,8 @@ impl Session {
     ) -> Result<(LandmarkCache, Option<Vec<f32>>)> {
         let mut landmarks = Vec::new();
         let each = |record: &BlockRecord| landmarks.extend_from_slice(&record.landmarks);
-        let (paged, mut text) = self.restore(&config, &rope, 0, Scoring::Exact, each)?;
+        let mut paged = self.paged(&config, &rope, 0, Scoring::Exact)?.without_landmarks();
+        let mut text = self.restore(&mut paged, each)?;
         let on_device = |x: &Tensor| x.to_device(&pool.device)?.to_dtype(pool.dtype);
         let on_device = |layer: &Option<(Tensor, Tensor)>| match layer {
             Some((keys, values)) => Ok(Some((on_device(keys)?, on_device(values)?))),
@@ -247,19 +249,15 @@ impl Session {
         Ok(self.go_on(LandmarkCache::with_store(config, rope, BlockStore::Pooled(Box::new(store))), text))
     }
 
-    /// What is on disk; `each` is told the blocks.
-    fn restore(
-        &self,
-        config: &CacheConfig,
-        rope: &Rope,
-        ram: usize,
-        scoring: Scoring,
-        mut each: impl FnMut(&BlockRecord),
-    ) -> Result<(Paged, Text)> {
+    /// A store before what is on disk.
+    fn paged(&self, config: &CacheConfig, rope: &Rope, ram: usize, scoring: Scoring) -> Result<Paged> {
         config.check()?;
         let tiers = Tiers { of: self.shape.codec.of, ram, scoring };
-        let segments = Segments::new(&self.folder, self.shape);
-        let mut paged = Paged::new(config, rope.head_dim(), tiers, Some(segments))?;
+        Paged::new(config, rope.head_dim(), tiers, Some(Segments::new(&self.folder, self.shape)))
+    }
+
+    /// Takes over what is on disk; `each` is told the blocks.
+    fn restore(&self, paged: &mut Paged, mut each: impl FnMut(&BlockRecord)) -> Result<Text> {
         let mut blocks = Vec::new();
         let total = self.last.blocks as usize;
         let idx = |number: u64| self.folder.join(&segments::names(number as usize / self.shape.per_segment)[1]);
@@ -287,7 +285,7 @@ impl Session {
                 "it has more tokens than the text",
             ));
         }
-        Ok((paged, Text { blocks, tail }))
+        Ok(Text { blocks, tail })
     }
 
     /// A cache over the blocks goes on where the text ended; and the last hidden state.
