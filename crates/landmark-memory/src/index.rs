@@ -20,7 +20,7 @@
 //! of its blocks (plus 2^31 if their keys are all equal), and these, ascending. CRC-32C of all at the end.
 
 use landmark_attention::retrieval::{List, Lists, RoundedKeys};
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 /// Blocks from which on an index is worth its while.
@@ -39,7 +39,7 @@ const UNIFORM: usize = 1 << 31;
 
 /// Lists that each of so many queries of a chunk looks at: what one of them finds is shown to all.
 pub fn probes(queries: usize) -> usize {
-    if queries < 16 { 48 } else { 16 }
+    if queries < 16 { 32 } else { 16 }
 }
 
 /// Keys of a list before it is split, of so many blocks.
@@ -170,16 +170,7 @@ impl Head {
 
     /// The list with the nearest centroid, and the squared distance.
     fn nearest(&self, key: &[f32], d: usize) -> Option<(usize, f32)> {
-        Arch::new().dispatch(|| {
-            let distances = self.centroids.chunks_exact(d).map(|centroid| distance(centroid, key));
-            let mut best = None;
-            for (list, distance) in distances.enumerate() {
-                if best.is_none_or(|(_, least)| distance < least) {
-                    best = Some((list, distance));
-                }
-            }
-            best
-        })
+        Arch::new().dispatch(Nearest { centroids: &self.centroids, key, d })
     }
 
     /// Splits a list in two, or lets it grow to twice its size if all its keys are equal.
@@ -187,7 +178,7 @@ impl Head {
         let blocks = &self.lists[list].blocks;
         let mut keys = vec![0.; blocks.len() * d];
         keys.chunks_exact_mut(d).zip(blocks).for_each(|(into, &block)| key(block, into));
-        let halves = Arch::new().dispatch(|| halves(&keys, d, &self.centroids[list * d..][..d]));
+        let halves = Arch::new().dispatch(Halves { keys: &keys, centroid: &self.centroids[list * d..][..d] });
         let Some([a, b]) = halves else {
             self.limits[list] = 2 * blocks.len();
             return;
@@ -210,34 +201,68 @@ impl Head {
     }
 }
 
-/// 2-means of keys `[n, d]` around `centroid`: the rows of both parts, and their means; `None` if all keys are equal.
-#[inline(always)]
-fn halves(keys: &[f32], d: usize, centroid: &[f32]) -> Option<[(Vec<usize>, Vec<f32>); 2]> {
-    let farthest = |from: &[f32]| {
-        let mut far = (&keys[..d], -1f32);
-        for key in keys.chunks_exact(d) {
-            let distance = distance(key, from);
-            if distance > far.1 {
-                far = (key, distance);
+/// The nearest of centroids `[lists, d]`, and the squared distance.
+struct Nearest<'a> {
+    centroids: &'a [f32],
+    key: &'a [f32],
+    d: usize,
+}
+
+impl WithSimd for Nearest<'_> {
+    type Output = Option<(usize, f32)>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> Self::Output {
+        let mut best = None;
+        for (list, centroid) in self.centroids.chunks_exact(self.d).enumerate() {
+            let distance = distance(centroid, self.key);
+            if best.is_none_or(|(_, least)| distance < least) {
+                best = Some((list, distance));
             }
         }
-        far.0
-    };
-    let first = farthest(centroid);
-    let mut parts = [(vec![], first.to_vec()), (vec![], farthest(first).to_vec())];
-    for _ in 0..STEPS {
-        parts.iter_mut().for_each(|(rows, _)| rows.clear());
-        for (row, key) in keys.chunks_exact(d).enumerate() {
-            let [a, b] = [&parts[0].1, &parts[1].1].map(|mean| distance(mean, key));
-            parts[usize::from(b < a)].0.push(row);
-        }
-        for (rows, mean) in parts.iter_mut().filter(|(rows, _)| !rows.is_empty()) {
-            mean.fill(0.);
-            rows.iter().for_each(|row| mean.iter_mut().zip(&keys[row * d..]).for_each(|(mean, x)| *mean += x));
-            mean.iter_mut().for_each(|mean| *mean /= rows.len() as f32);
-        }
+        best
     }
-    parts.iter().all(|(rows, _)| !rows.is_empty()).then_some(parts)
+}
+
+/// 2-means of keys `[n, d]` around a centroid: the rows of both parts, and their means; `None` if all keys are equal.
+struct Halves<'a> {
+    keys: &'a [f32],
+    centroid: &'a [f32],
+}
+
+impl WithSimd for Halves<'_> {
+    type Output = Option<[(Vec<usize>, Vec<f32>); 2]>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> Self::Output {
+        let Self { keys, centroid } = self;
+        let d = centroid.len();
+        let farthest = |from: &[f32]| {
+            let mut far = (&keys[..d], -1f32);
+            for key in keys.chunks_exact(d) {
+                let distance = distance(key, from);
+                if distance > far.1 {
+                    far = (key, distance);
+                }
+            }
+            far.0
+        };
+        let first = farthest(centroid);
+        let mut parts = [(vec![], first.to_vec()), (vec![], farthest(first).to_vec())];
+        for _ in 0..STEPS {
+            parts.iter_mut().for_each(|(rows, _)| rows.clear());
+            for (row, key) in keys.chunks_exact(d).enumerate() {
+                let [a, b] = [&parts[0].1, &parts[1].1].map(|mean| distance(mean, key));
+                parts[usize::from(b < a)].0.push(row);
+            }
+            for (rows, mean) in parts.iter_mut().filter(|(rows, _)| !rows.is_empty()) {
+                mean.fill(0.);
+                rows.iter().for_each(|row| mean.iter_mut().zip(&keys[row * d..]).for_each(|(mean, x)| *mean += x));
+                mean.iter_mut().for_each(|mean| *mean /= rows.len() as f32);
+            }
+        }
+        parts.iter().all(|(rows, _)| !rows.is_empty()).then_some(parts)
+    }
 }
 
 /// The file of the indices of all layers.

@@ -7,7 +7,7 @@
 use candle_core::{Storage, Tensor};
 use rayon::prelude::*;
 
-use super::rounded::{RoundedKeys, RoundedQueries, scan};
+use super::rounded::{RoundedKeys, RoundedQueries, best, scan};
 use crate::retrieval::{Keys, List, Lists, SlotQueries};
 
 /// Queries that share what is read of a list.
@@ -91,33 +91,30 @@ impl Search<'_> {
         let Lists { origin, centroids, lists } = self.lists[kv];
         let queries = RoundedQueries::new(self.queries(0, bh, from, n), d);
         let all: Vec<u32> = (0..n as u32).collect();
-        let mut bars = vec![f32::NEG_INFINITY; n];
 
         // 1. The best lists of each query, as pairs (list, query).
-        let mut best = Best::new(n, self.probes.min(lists.len()));
-        scan(centroids, &queries, &all, &mut bars, |query, list, score| best.offer(query, score, list as u32));
-        let pairs = all.iter().flat_map(|&query| best.numbers(query as usize).map(move |list| (list, query)));
-        let mut pairs: Vec<(u32, u32)> = pairs.collect();
+        let mut pairs: Vec<(u32, u32)> = Vec::with_capacity(n * self.probes);
+        best(centroids, &queries, self.probes, |query, list| pairs.push((list, query)));
         pairs.sort_unstable();
 
         // 2. List by list, the best landmarks for the queries that look at it. The newest have slots of their own.
         let older = (self.len - self.newest) as u32;
-        let mut best = Best::new(n, CANDIDATES * k);
-        bars.fill(f32::NEG_INFINITY);
+        let mut found = Best::new(n, CANDIDATES * k);
+        let mut bars = vec![f32::NEG_INFINITY; n];
         let mut readers = Vec::new();
         for pairs in pairs.chunk_by(|a, b| a.0 == b.0) {
             let List { blocks, keys } = &lists[pairs[0].0 as usize];
             readers.clear();
             readers.extend(pairs.iter().map(|&(_, query)| query));
             scan(keys, &queries, &readers, &mut bars, |query, at, score| match blocks[at] {
-                block if block < older => best.offer(query, score, block),
-                _ => best.bar(query),
+                block if block < older => found.offer(query, score, block),
+                _ => found.bar(query),
             });
         }
 
         // 3. Tokens of a chunk look for much the same: what one has found is shown to all.
         if n > 1 {
-            let mut shared: Vec<u32> = (0..n).flat_map(|query| best.numbers(query).take(k)).collect();
+            let mut shared: Vec<u32> = (0..n).flat_map(|query| found.numbers(query).take(k)).collect();
             shared.sort_unstable();
             shared.dedup();
             let (mut key, mut keys) = (vec![0.; d], RoundedKeys::new(d));
@@ -126,8 +123,8 @@ impl Search<'_> {
                 keys.push(&key, origin);
             }
             scan(&keys, &queries, &all, &mut bars, |query, at, score| match shared[at] {
-                block if best.numbers(query).any(|found| found == block) => best.bar(query),
-                block => best.offer(query, score, block),
+                block if found.numbers(query).any(|found| found == block) => found.bar(query),
+                block => found.offer(query, score, block),
             });
         }
 
@@ -139,7 +136,7 @@ impl Search<'_> {
                 self.keys.key(kv, block as usize, &mut key);
                 chosen_now.offer(0, dot(self.queries(slot, bh, from + i, 1), &key), block);
             };
-            best.numbers(i).for_each(|block| offer(0, block));
+            found.numbers(i).for_each(|block| offer(0, block));
             (0..self.newest).for_each(|i| offer(i + 1, older + i as u32));
             // Lists with fewer landmarks than are wanted are filled up with the oldest blocks.
             let mut blocks: Vec<u32> = chosen_now.numbers(0).collect();

@@ -233,20 +233,47 @@ impl Products for Vnni {
     }
 }
 
-/// Which queries look at which keys, and what they are told.
-struct Scan<'a, F> {
-    keys: &'a RoundedKeys,
-    queries: &'a RoundedQueries,
-    /// The queries that look, and for each of all what a score must reach.
-    some: &'a [u32],
-    bars: &'a mut [f32],
-    /// Told query, key and score; says what a score must reach from now on.
-    offer: F,
+/// Who takes scores.
+trait Visit {
+    /// What a score of the query must reach to be of interest.
+    fn bar(&self, query: usize) -> f32;
+
+    /// The scores of a group, and a bit for each that reaches the bar.
+    fn scores(&mut self, query: usize, group: usize, scores: &[f32; GROUP], bits: u16);
+
+    /// All of the query's scores were told.
+    #[inline(always)]
+    fn done(&mut self, _query: usize) {}
 }
 
-impl<F: FnMut(usize, usize, f32) -> f32> Scan<'_, F> {
+/// Queries that look at keys.
+struct Scan<'a, V> {
+    keys: &'a RoundedKeys,
+    queries: &'a RoundedQueries,
+    some: &'a [u32],
+    visit: &'a mut V,
+}
+
+impl<V: Visit> Scan<'_, V> {
+    /// With the instructions that the machine has.
+    fn run(self) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::is_x86_feature_detected as has;
+            if has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512vnni") {
+                // SAFETY: the machine has these instructions.
+                return unsafe { scan_vnni(self) };
+            }
+            if has!("avx2") {
+                // SAFETY: the machine has these instructions.
+                return unsafe { scan_avx2(self) };
+            }
+        }
+        self.run_with(Portable);
+    }
+
     #[inline(always)]
-    fn run(mut self, products: impl Products) {
+    fn run_with(mut self, products: impl Products) {
         let (queries, rest) = self.some.as_chunks::<4>();
         let groups = self.keys.len.div_ceil(GROUP);
         for &queries in queries {
@@ -258,6 +285,7 @@ impl<F: FnMut(usize, usize, f32) -> f32> Scan<'_, F> {
             if group < groups {
                 self.tile::<4, 1>(products, queries, group);
             }
+            queries.iter().for_each(|&query| self.visit.done(query as usize));
         }
         for &query in rest {
             let mut group = 0;
@@ -268,6 +296,7 @@ impl<F: FnMut(usize, usize, f32) -> f32> Scan<'_, F> {
             for group in group..groups {
                 self.tile::<1, 1>(products, [query], group);
             }
+            self.visit.done(query as usize);
         }
     }
 
@@ -283,16 +312,9 @@ impl<F: FnMut(usize, usize, f32) -> f32> Scan<'_, F> {
         );
         for (sums, query) in sums.iter().zip(queries.map(|query| query as usize)) {
             for (&sums, group) in sums.iter().zip(groups) {
-                let surplus = self.queries.surplus[query];
-                let (scores, mut bits) = products.scores(sums, surplus, &self.keys.factors[group], self.bars[query]);
-                // Most keys are not among the best of any query.
-                while bits > 0 {
-                    let i = bits.trailing_zeros() as usize;
-                    bits &= bits - 1;
-                    if scores[i] >= self.bars[query] {
-                        self.bars[query] = (self.offer)(query, group * GROUP + i, scores[i]);
-                    }
-                }
+                let (surplus, bar) = (self.queries.surplus[query], self.visit.bar(query));
+                let (scores, bits) = products.scores(sums, surplus, &self.keys.factors[group], bar);
+                self.visit.scores(query, group, &scores, bits);
             }
         }
     }
@@ -300,14 +322,39 @@ impl<F: FnMut(usize, usize, f32) -> f32> Scan<'_, F> {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn scan_vnni<F: FnMut(usize, usize, f32) -> f32>(scan: Scan<F>) {
-    scan.run(Vnni);
+fn scan_vnni<V: Visit>(scan: Scan<V>) {
+    scan.run_with(Vnni);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn scan_avx2<F: FnMut(usize, usize, f32) -> f32>(scan: Scan<F>) {
-    scan.run(Portable);
+fn scan_avx2<V: Visit>(scan: Scan<V>) {
+    scan.run_with(Portable);
+}
+
+/// Offers what reaches a bar, which rises.
+struct Offers<'a, F> {
+    bars: &'a mut [f32],
+    offer: F,
+}
+
+impl<F: FnMut(usize, usize, f32) -> f32> Visit for Offers<'_, F> {
+    #[inline(always)]
+    fn bar(&self, query: usize) -> f32 {
+        self.bars[query]
+    }
+
+    #[inline(always)]
+    fn scores(&mut self, query: usize, group: usize, scores: &[f32; GROUP], mut bits: u16) {
+        // Most keys are not among the best of any query.
+        while bits > 0 {
+            let i = bits.trailing_zeros() as usize;
+            bits &= bits - 1;
+            if scores[i] >= self.bars[query] {
+                self.bars[query] = (self.offer)(query, group * GROUP + i, scores[i]);
+            }
+        }
+    }
 }
 
 /// Scores all keys for `some` of the queries. `offer` is told query, key and score of those that reach the query's bar, in the order of keys, and gives its
@@ -319,20 +366,72 @@ pub fn scan(
     bars: &mut [f32],
     offer: impl FnMut(usize, usize, f32) -> f32,
 ) {
-    let scan = Scan { keys, queries, some, bars, offer };
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::is_x86_feature_detected as has;
-        if has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512vnni") {
-            // SAFETY: the machine has these instructions.
-            return unsafe { scan_vnni(scan) };
-        }
-        if has!("avx2") {
-            // SAFETY: the machine has these instructions.
-            return unsafe { scan_avx2(scan) };
+    Scan { keys, queries, some, visit: &mut Offers { bars, offer } }.run();
+}
+
+/// All scores of four queries, and the best of each.
+struct All<F> {
+    limit: usize,
+    groups: usize,
+    /// `[4, groups]`
+    scores: Vec<[f32; GROUP]>,
+    /// Memory to work in, and what was found.
+    largest: Vec<[f32; GROUP]>,
+    found: Vec<(f32, u32)>,
+    tell: F,
+}
+
+impl<F: FnMut(u32, u32)> Visit for All<F> {
+    #[inline(always)]
+    fn bar(&self, _: usize) -> f32 {
+        f32::INFINITY
+    }
+
+    #[inline(always)]
+    fn scores(&mut self, query: usize, group: usize, scores: &[f32; GROUP], _: u16) {
+        self.scores[query % 4 * self.groups + group] = *scores;
+    }
+
+    #[inline(always)]
+    fn done(&mut self, query: usize) {
+        let scores = &self.scores[query % 4 * self.groups..][..self.groups];
+        best_of(scores, self.limit, &mut self.largest, &mut self.found);
+        self.found.iter().for_each(|&(_, key)| (self.tell)(query as u32, key));
+    }
+}
+
+/// The `limit` best keys of each query, or all if there are no more, in any order; of equals the first. `tell` is given query and key.
+pub fn best(keys: &RoundedKeys, queries: &RoundedQueries, limit: usize, tell: impl FnMut(u32, u32)) {
+    let groups = keys.len.div_ceil(GROUP);
+    let (scores, largest) = (vec![[0.; GROUP]; 4 * groups], vec![[0.; GROUP]; limit.div_ceil(4)]);
+    let visit = &mut All { limit, groups, scores, largest, found: Vec::new(), tell };
+    let some: Vec<u32> = (0..queries.surplus.len() as u32).collect();
+    Scan { keys, queries, some: &some, visit }.run();
+}
+
+/// The best of scores `[groups, GROUP]`. The largest of as many parts of them as four times the limit tell what the best ones reach; little else does.
+#[inline(always)]
+fn best_of(scores: &[[f32; GROUP]], limit: usize, largest: &mut [[f32; GROUP]], found: &mut Vec<(f32, u32)>) {
+    largest.fill([f32::NEG_INFINITY; GROUP]);
+    for scores in scores.chunks(largest.len()) {
+        for (largest, scores) in largest.iter_mut().zip(scores) {
+            for (largest, &score) in largest.iter_mut().zip(scores) {
+                *largest = if score > *largest { score } else { *largest };
+            }
         }
     }
-    scan.run(Portable);
+    let (_, &mut bar, _) = largest.as_flattened_mut().select_nth_unstable_by(limit - 1, |a, b| b.total_cmp(a));
+    found.clear();
+    for (group, scores) in scores.iter().enumerate() {
+        if scores.iter().fold(false, |any, &score| any | (score >= bar)) {
+            let of_group = (0..).map(|i| (group * GROUP) as u32 + i);
+            found.extend(scores.iter().copied().zip(of_group).filter(|&(score, _)| score >= bar));
+        }
+    }
+    if found.len() > limit {
+        found.select_nth_unstable_by(limit - 1, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        found.truncate(limit);
+    }
 }
 
 #[cfg(test)]
@@ -358,29 +457,44 @@ mod tests {
             rows.chunks(d).for_each(|key| all.push(key, &origin));
             let rounded = RoundedQueries::new(&query_rows, d);
             let some: Vec<u32> = (0..queries as u32).filter(|query| query % 5 != 2).collect();
+            let mut scores = vec![vec![0.; keys]; queries];
             for bar in [f32::NEG_INFINITY, 40.] {
                 let (mut here, mut anywhere) = (Vec::new(), Vec::new());
                 scan(&all, &rounded, &some, &mut vec![bar; queries], |query, key, score| {
                     here.push((query, key, score.to_bits()));
                     bar
                 });
-                let bars = &mut vec![bar; queries];
                 let offer = |query, key, score: f32| {
                     anywhere.push((query, key, score.to_bits()));
                     bar
                 };
-                Scan { keys: &all, queries: &rounded, some: &some, bars, offer }.run(Portable);
+                let visit = &mut Offers { bars: &mut vec![bar; queries], offer };
+                Scan { keys: &all, queries: &rounded, some: &some, visit }.run_with(Portable);
                 assert_eq!(here, anywhere);
                 if bar < 0. {
                     assert_eq!(here.len(), some.len() * keys, "each key once for each query");
                 }
                 for (query, key, score) in here {
+                    let score = f32::from_bits(score);
+                    scores[query][key] = score;
                     assert!(some.contains(&(query as u32)));
                     let (q, k) = (&query_rows[query * d..][..d], &rows[key * d..][..d]);
                     let (factor, _) = factors(q.iter().copied());
                     let exact: f32 = q.iter().zip(k).zip(&origin).map(|((q, k), origin)| q * (k - origin)).sum();
-                    let off = (f32::from_bits(score) * factor - exact).abs();
+                    let off = (score * factor - exact).abs();
                     assert!(off < 0.02 * 5. * (d as f32).sqrt(), "{off} of {exact}");
+                }
+            }
+            for limit in [1, 3, 16, 48] {
+                let mut told = vec![Vec::new(); queries];
+                best(&all, &rounded, limit, |query, key| told[query as usize].push(key as usize));
+                for query in some.iter().map(|&query| query as usize) {
+                    let mut expected: Vec<usize> = (0..keys).collect();
+                    expected.sort_by(|&a, &b| scores[query][b].total_cmp(&scores[query][a]));
+                    expected.truncate(limit);
+                    expected.sort_unstable();
+                    told[query].sort_unstable();
+                    assert_eq!(told[query], expected);
                 }
             }
         }
