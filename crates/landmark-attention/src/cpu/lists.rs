@@ -5,6 +5,7 @@
 //! the rule for ties relies on.
 
 use candle_core::{Storage, Tensor};
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::rounded::{RoundedKeys, RoundedQueries, best, scan};
@@ -84,7 +85,16 @@ impl Search<'_> {
         &self.queries[((slot * batch * heads + bh) * time + from) * d..][..n * d]
     }
 
+    /// The keys of these blocks.
+    fn rows(&self, kv: usize, blocks: &[u32]) -> Vec<f32> {
+        let d = self.shape[3];
+        let mut rows = vec![0.; blocks.len() * d];
+        rows.chunks_exact_mut(d).zip(blocks).for_each(|(row, &block)| self.keys.key(kv, block as usize, row));
+        rows
+    }
+
     /// The blocks `[queries, k]` of head `bh`'s queries from `from` on.
+    #[inline(always)]
     fn choose(&self, bh: usize, from: usize, chosen: &mut [u32]) {
         let (k, [batch, heads, _, d]) = (self.k, self.shape);
         let (n, kv) = (chosen.len() / k, bh / (batch * heads / self.lists.len()));
@@ -106,22 +116,21 @@ impl Search<'_> {
             let List { blocks, keys } = &lists[pairs[0].0 as usize];
             readers.clear();
             readers.extend(pairs.iter().map(|&(_, query)| query));
-            scan(keys, &queries, &readers, &mut bars, |query, at, score| match blocks[at] {
-                block if block < older => found.offer(query, score, block),
+            scan(keys, &queries, &readers, &mut bars, |query, at, score| match blocks.get(at) {
+                Some(&block) if block < older => found.offer(query, score, block),
                 _ => found.bar(query),
             });
         }
 
         // 3. Tokens of a chunk look for much the same: what one has found is shown to all.
+        let (mut shared, mut rows) = (Vec::new(), Vec::new());
         if n > 1 {
-            let mut shared: Vec<u32> = (0..n).flat_map(|query| found.numbers(query).take(k)).collect();
+            shared = (0..n).flat_map(|query| found.numbers(query).take(k)).collect();
             shared.sort_unstable();
             shared.dedup();
-            let (mut key, mut keys) = (vec![0.; d], RoundedKeys::new(d));
-            for &block in &shared {
-                self.keys.key(kv, block as usize, &mut key);
-                keys.push(&key, origin);
-            }
+            rows = self.rows(kv, &shared);
+            let mut keys = RoundedKeys::new(d);
+            rows.chunks_exact(d).for_each(|key| keys.push(key, origin));
             scan(&keys, &queries, &all, &mut bars, |query, at, score| match shared[at] {
                 block if found.numbers(query).any(|found| found == block) => found.bar(query),
                 block => found.offer(query, score, block),
@@ -129,15 +138,24 @@ impl Search<'_> {
         }
 
         // 4. These and the newest, scored as they are.
+        let newest = self.rows(kv, &(older..self.len as u32).collect::<Vec<_>>());
         let mut key = vec![0.; d];
         for (i, chosen) in chosen.chunks_exact_mut(k).enumerate() {
             let mut chosen_now = Best::new(1, k);
-            let mut offer = |slot, block: u32| {
-                self.keys.key(kv, block as usize, &mut key);
-                chosen_now.offer(0, dot(self.queries(slot, bh, from + i, 1), &key), block);
-            };
-            found.numbers(i).for_each(|block| offer(0, block));
-            (0..self.newest).for_each(|i| offer(i + 1, older + i as u32));
+            let query = self.queries(0, bh, from + i, 1);
+            for block in found.numbers(i) {
+                let key = match shared.binary_search(&block) {
+                    Ok(at) => &rows[at * d..][..d],
+                    Err(_) => {
+                        self.keys.key(kv, block as usize, &mut key);
+                        &key
+                    }
+                };
+                chosen_now.offer(0, dot(query, key), block);
+            }
+            for (slot, key) in newest.chunks_exact(d).enumerate() {
+                chosen_now.offer(0, dot(self.queries(slot + 1, bh, from + i, 1), key), older + slot as u32);
+            }
             // Lists with fewer landmarks than are wanted are filled up with the oldest blocks.
             let mut blocks: Vec<u32> = chosen_now.numbers(0).collect();
             let mut fill = (0..).filter(|block| chosen_now.numbers(0).all(|other| other != *block));
@@ -150,7 +168,25 @@ impl Search<'_> {
     }
 }
 
+/// A part of one head's queries, chosen for with the machine's registers.
+struct Tile<'a> {
+    search: &'a Search<'a>,
+    bh: usize,
+    from: usize,
+    chosen: &'a mut [u32],
+}
+
+impl WithSimd for Tile<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        self.search.choose(self.bh, self.from, self.chosen);
+    }
+}
+
 /// The product of a query with a key.
+#[inline(always)]
 fn dot(query: &[f32], key: &[f32]) -> f32 {
     let mut sums = [0f32; 16];
     let (queries, keys) = (query.as_chunks::<16>(), key.as_chunks::<16>());
@@ -183,6 +219,6 @@ pub(crate) fn select(
     let tiles = chosen.par_chunks_mut(time * k).enumerate().flat_map(|(bh, chosen)| {
         chosen.par_chunks_mut(TILE * k).enumerate().map(move |(i, chosen)| (bh, i * TILE, chosen))
     });
-    tiles.for_each(|(bh, from, chosen)| search.choose(bh, from, chosen));
+    tiles.for_each(|(bh, from, chosen)| Arch::new().dispatch(Tile { search: &search, bh, from, chosen }));
     Tensor::from_vec(chosen, (batch, heads, time, k), queries.queries.device())
 }

@@ -415,9 +415,8 @@ fn best_of(scores: &[[f32; GROUP]], limit: usize, largest: &mut [[f32; GROUP]], 
     largest.fill([f32::NEG_INFINITY; GROUP]);
     for scores in scores.chunks(largest.len()) {
         for (largest, scores) in largest.iter_mut().zip(scores) {
-            for (largest, &score) in largest.iter_mut().zip(scores) {
-                *largest = if score > *largest { score } else { *largest };
-            }
+            let before = *largest;
+            *largest = std::array::from_fn(|i| if scores[i] > before[i] { scores[i] } else { before[i] });
         }
     }
     let (_, &mut bar, _) = largest.as_flattened_mut().select_nth_unstable_by(limit - 1, |a, b| b.total_cmp(a));
