@@ -1,0 +1,112 @@
+"""What a session costs as it grows: tokens a second of appending by the million, memory, and milliseconds of a token when it is asked.
+
+usage: sessions.py BINARY MODEL TEXT WORK [--millions 10] [--block_dtype int8] [--ram 512MiB] [--json FILE]
+
+WORK is a folder with room for 4.1 GB a million tokens of landmark-12m in int8. Sessions of 4,000 and 64,000 tokens and of a million are asked, then the last is appended
+to in one go and asked again, warm and, where the page cache can be dropped, cold. Nothing else should run. What was appended stays in WORK and is not appended again.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+
+MILLION = 1_000_000
+
+
+def command(args, action, session, *rest):
+    tiers = ["--ram", args.ram] if action in ("append", "ask") else []
+    return [args.binary, "session", action, session, *rest, *tiers]
+
+
+def tokens(args, session):
+    shown = subprocess.run(command(args, "show", session, "--json"), capture_output=True, text=True, check=True)
+    return json.loads(shown.stdout)["tokens"]
+
+
+def memory(pid):
+    """The most that a process has had, in MB; None if it has ended."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return next(int(line.split()[1]) // 1024 for line in file if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return None
+
+
+def append(args, session, until):
+    """Yields a row for each million that is read, and one for the end."""
+    if not os.path.isdir(session):
+        subprocess.run([*command(args, "create", session), "--checkpoint", args.model, "--block_dtype", args.block_dtype], check=True)
+    have = tokens(args, session)
+    if have >= until:
+        return
+    rest = ["--file", args.text, "--skip_tokens", str(have), "--max_tokens", str(until - have)]
+    log = os.path.join(args.work, "append.log")
+    with open(log, "w") as file:
+        process = subprocess.Popen(command(args, "append", session, *rest), stderr=file)
+    last, most = (time.time(), have), 0
+    while process.poll() is None:
+        time.sleep(1)
+        most = memory(process.pid) or most
+        now, here = time.time(), tokens(args, session)
+        if here // MILLION > last[1] // MILLION or process.poll() is not None:
+            yield {"tokens": here, "from": last[1], "append_tok_per_s": round((here - last[1]) / (now - last[0])), "append_MB": most}
+            last = (now, here)
+    if process.returncode:
+        sys.exit(f"append ended with {process.returncode}: see {log}")
+
+
+def ask(args, session, what):
+    rest = ["--prompt", "The man said", "--temperature", "0", "--max_new_tokens", "100", "--json"]
+    answer = subprocess.run(command(args, "ask", session, *rest), capture_output=True, text=True, check=True)
+    answer = json.loads(answer.stdout.splitlines()[-1])
+    return {
+        "tokens": answer["session_tokens"], "asked": what, "first_token_s": round(answer["seconds_to_first_token"], 3),
+        "ms_per_token": round(answer["milliseconds_per_token"], 2),
+        # Of all that were asked so far.
+        "ask_MB": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
+    }  # fmt: skip
+
+
+def rows(args):
+    for until in (4000, 64000, MILLION, args.millions * MILLION):
+        session = os.path.join(args.work, "long" if until >= MILLION else str(until))
+        yield from append(args, session, until)
+        for what in ("first", "again", "again"):
+            yield ask(args, session, what)
+    try:
+        os.sync()
+        with open("/proc/sys/vm/drop_caches", "w") as file:
+            file.write("3")
+    except OSError as error:
+        print(f"the page cache is not dropped: {error}", file=sys.stderr)
+    else:
+        yield ask(args, session, "cold")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("binary", "model", "text", "work"):
+        parser.add_argument(name)
+    parser.add_argument("--millions", type=int, default=10)
+    parser.add_argument("--block_dtype", default="int8")
+    parser.add_argument("--ram", default="512MiB")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    os.makedirs(args.work, exist_ok=True)
+    columns = ("tokens", "from", "append_tok_per_s", "append_MB", "asked", "first_token_s", "ms_per_token", "ask_MB")
+    print("| " + " | ".join(columns) + " |\n|" + " ---: |" * len(columns))
+    kept = []
+    for row in rows(args):
+        kept.append(row)
+        print("| " + " | ".join(f"{row[name]:,}" if isinstance(row.get(name), int) else str(row.get(name, "")) for name in columns) + " |", flush=True)
+    if args.json:
+        with open(args.json, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+
+
+if __name__ == "__main__":
+    main()
