@@ -9,7 +9,6 @@ to in one go and asked again, warm and, where the page cache can be dropped, col
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -23,8 +22,10 @@ def command(args, action, session, *rest):
 
 
 def tokens(args, session):
-    shown = subprocess.run(command(args, "show", session, "--json"), capture_output=True, text=True, check=True)
-    return json.loads(shown.stdout)["tokens"]
+    """What a session has, also while it is appended to."""
+    listed = subprocess.run(command(args, "list", args.work, "--json"), capture_output=True, text=True, check=True)
+    sessions = [json.loads(line) for line in listed.stdout.splitlines()]
+    return next(each["tokens"] for each in sessions if os.path.basename(each["session"]) == os.path.basename(session))
 
 
 def memory(pid):
@@ -61,13 +62,15 @@ def append(args, session, until):
 
 def ask(args, session, what):
     rest = ["--prompt", "The man said", "--temperature", "0", "--max_new_tokens", "100", "--json"]
-    answer = subprocess.run(command(args, "ask", session, *rest), capture_output=True, text=True, check=True)
-    answer = json.loads(answer.stdout.splitlines()[-1])
+    process = subprocess.Popen(command(args, "ask", session, *rest), stdout=subprocess.PIPE, text=True)
+    lines = process.stdout.read().splitlines()
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"ask ended with {os.waitstatus_to_exitcode(status)}")
+    answer = json.loads(lines[-1])
     return {
         "tokens": answer["session_tokens"], "asked": what, "first_token_s": round(answer["seconds_to_first_token"], 3),
-        "ms_per_token": round(answer["milliseconds_per_token"], 2),
-        # Of all that were asked so far.
-        "ask_MB": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
+        "ms_per_token": round(answer["milliseconds_per_token"], 2), "ask_MB": used.ru_maxrss // 1024,
     }  # fmt: skip
 
 
