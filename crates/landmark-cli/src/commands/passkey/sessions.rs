@@ -3,7 +3,6 @@
 use super::prompt::Prompt;
 use super::results::Trial;
 use crate::args::bytes;
-use crate::interrupt;
 use crate::reader::{About, CacheFlags, ModelFlags, Reader, SessionFlags, open_session};
 use crate::sampling::Sampler;
 use anyhow::Context;
@@ -92,7 +91,8 @@ fn answer(reader: &mut Reader, question: &[u32]) -> anyhow::Result<String> {
     let mut answer = Vec::new();
     reader.generate(super::ask::ANSWER, &mut Sampler::greedy(), |token| {
         answer.push(token);
-        Ok(!interrupt::requested())
+        // To its end, which is near: what is cut off would be kept as the answer.
+        Ok(true)
     })?;
     Ok(reader.tokenizer().decode(&answer)?)
 }
