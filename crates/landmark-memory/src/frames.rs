@@ -236,6 +236,43 @@ impl<B: Buffer> Frames<B> {
     }
 }
 
+/// The units that are side by side in a block, which are read at once.
+pub fn side_by_side<B>(jobs: &mut [Job<B>]) -> Vec<&mut [Job<B>]> {
+    jobs.chunk_by_mut(|(a, _), (b, _)| a.record == b.record && a.unit + 1 == b.unit).collect()
+}
+
+/// Which of some things were met, without a list to be emptied: those that bear the number of now.
+#[derive(Debug, Default)]
+pub struct Seen {
+    marks: Vec<u32>,
+    now: u32,
+}
+
+impl Seen {
+    /// One whose number soon begins anew.
+    #[cfg(test)]
+    pub fn late() -> Self {
+        Self { marks: Vec::new(), now: u32::MAX - 2 }
+    }
+
+    /// Nothing was met, of so many.
+    pub fn clear(&mut self, of: usize) {
+        self.now = self.now.wrapping_add(1);
+        if self.now == 0 {
+            self.marks.fill(0);
+            self.now = 1;
+        }
+        if self.marks.len() < of {
+            self.marks.resize(of.max(2 * self.marks.len()), 0);
+        }
+    }
+
+    /// Whether it is met for the first time.
+    pub fn is_new(&mut self, i: usize) -> bool {
+        std::mem::replace(&mut self.marks[i], self.now) != self.now
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,7 +5,7 @@ use landmark_attention::retrieval::{self, Blocks, Kept, Keys, Selection, SlotQue
 use rayon::prelude::*;
 
 use crate::codec::{BlockType, Codec};
-use crate::frames::{Frames, Job, UnitId};
+use crate::frames::{Frames, Job, Seen, UnitId, side_by_side};
 use crate::index::{self, FROM_BLOCKS, Index};
 use crate::landmarks::Landmarks;
 use crate::ring::Ring;
@@ -65,8 +65,8 @@ pub struct Paged {
     index: Vec<Index>,
     landmarks: Vec<Landmarks>,
     recall: Recall,
-    /// For [`Paged::promote`]: false for each block.
-    seen: Vec<bool>,
+    /// For [`Paged::promote`]: memory to work in.
+    seen: Seen,
     /// The blocks that are cached, oldest first, by their numbers; `None`: the newest of all, so many as are cached.
     numbers: Option<Vec<u32>>,
     /// Checksums of the units of all blocks that are on disk, and where they are.
@@ -110,7 +110,7 @@ impl Paged {
             index: (0..indexed).map(|_| Index::new(shape.heads, head_dim, config.top_k)).collect(),
             landmarks: (0..indexed).map(|_| Landmarks::new(codec, shape.heads)).collect(),
             recall: Recall::default(),
-            seen: Vec::new(),
+            seen: Seen::default(),
             numbers: None,
             disk: disk.map(|disk| (disk, Vec::new())),
             written: 0,
@@ -411,25 +411,19 @@ impl Paged {
         let (batch, heads, time, k) = chosen.dims4()?;
         let [_, kv_heads] = self.heads;
         let rows = chosen.flatten_all()?.to_vec1::<u32>()?;
-        let mut wanted = Vec::new();
+        let mut units = Vec::new();
         let mut seen = std::mem::take(&mut self.seen);
-        seen.resize(self.len.max(seen.len()), false);
         for b in 0..batch {
             for kv in 0..kv_heads {
                 let group = heads / kv_heads;
                 let rows = &rows[(b * heads + kv * group) * time * k..][..group * time * k];
                 let unit = layer * self.shape.heads + b * kv_heads + kv;
-                let begin = wanted.len();
-                for &i in rows {
-                    if !std::mem::replace(&mut seen[i as usize], true) {
-                        wanted.push((UnitId { record: self.number(i as usize), unit }, i));
-                    }
-                }
-                wanted[begin..].iter().for_each(|&(_, i)| seen[i as usize] = false);
+                seen.clear(self.len);
+                let new = rows.iter().map(|&i| i as usize).filter(|&i| seen.is_new(i));
+                units.extend(new.map(|i| UnitId { record: self.number(i), unit }));
             }
         }
         self.seen = seen;
-        let mut units: Vec<UnitId> = wanted.into_iter().map(|(id, _)| id).collect();
         units.sort_unstable();
         let Self { frames, shape, disk, written, pending, .. } = self;
         let load = |jobs: &mut [Job]| load(jobs, shape, disk.as_ref(), *written, pending);
@@ -512,8 +506,7 @@ fn load(
     pending: &[u8],
 ) -> Result<()> {
     let (units, size) = (shape.units(), shape.codec.unit());
-    let runs: Vec<&mut [Job]> =
-        jobs.chunk_by_mut(|(a, _), (b, _)| a.record == b.record && a.unit + 1 == b.unit).collect();
+    let runs = side_by_side(jobs);
     // A disk does many reads at once, and those who wait for them are few.
     if let Some((segments, _)) = disk {
         let on_disk = runs.iter().map(|run| (run[0].0, run.len())).filter(|(first, _)| first.record < written);

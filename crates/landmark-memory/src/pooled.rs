@@ -14,7 +14,7 @@ use candle_core::{DType, Device, Tensor};
 use landmark_attention::retrieval::{self, Blocks, Kept, Pool, Retrieved, Selection, SlotQueries};
 use rayon::prelude::*;
 
-use crate::frames::{Frames, Job, Place, UnitId};
+use crate::frames::{Frames, Job, Place, Seen, UnitId, side_by_side};
 use crate::paged::Paged;
 use crate::ring::Ring;
 use crate::{CacheConfig, Error, Result};
@@ -248,8 +248,7 @@ fn bring(
 
 /// Reads encoded units from disk, those that are side by side in a block at once.
 fn read(jobs: &mut [Job<Vec<u8>>], paged: &Paged) -> Result<()> {
-    let runs: Vec<_> = jobs.chunk_by_mut(|(a, _), (b, _)| a.record == b.record && a.unit + 1 == b.unit).collect();
-    runs.into_par_iter().try_for_each_init(Vec::new, |buffer, run| {
+    side_by_side(jobs).into_par_iter().try_for_each_init(Vec::new, |buffer, run| {
         let UnitId { record, unit } = run[0].0;
         if let [(_, data)] = run {
             return paged.read(record, unit..unit + 1, data);
@@ -276,32 +275,6 @@ struct Read {
 struct Piece {
     tokens: Range<usize>,
     units: Vec<UnitId>,
-}
-
-/// Which blocks of which heads were met, without a list to be emptied: those that bear the number of now.
-#[derive(Debug, Default)]
-struct Seen {
-    marks: Vec<u32>,
-    now: u32,
-}
-
-impl Seen {
-    /// Nothing was met, of so many.
-    fn clear(&mut self, of: usize) {
-        self.now = self.now.wrapping_add(1);
-        if self.now == 0 {
-            self.marks.fill(0);
-            self.now = 1;
-        }
-        if self.marks.len() < of {
-            self.marks.resize(of.max(2 * self.marks.len()), 0);
-        }
-    }
-
-    /// Whether it is met for the first time.
-    fn is_new(&mut self, i: usize) -> bool {
-        std::mem::replace(&mut self.marks[i], self.now) != self.now
-    }
 }
 
 impl Read {
@@ -387,7 +360,7 @@ mod tests {
             let chosen: Vec<u32> = (0..dims.iter().product()).map(|_| number()).collect();
             let read = Read { chosen: chosen.clone(), dims, kv_heads };
             let id = |head: usize, block: u32| UnitId { record: block as usize, unit: head };
-            let mut seen = Seen { marks: vec![], now: u32::MAX - 2 };
+            let mut seen = Seen::late();
             let pieces = read.pieces(most, len, &mut seen, id);
             let mut next = 0;
             for Piece { tokens, units } in &pieces {
