@@ -140,6 +140,22 @@ fn passkey_through_sessions() {
     assert_eq!(answers(",index"), answers(",all landmarks scored"));
     assert_eq!(answers(",index").len(), 2, "{csv}");
     assert_eq!(fs::read_dir(MODEL.path().join("read")).unwrap().count(), 0);
+
+    // Read once as far as they are alike, prompts have the answers of a cache that reads each from its beginning.
+    let flags = format!(
+        "passkey {CHECKPOINT} --filler book.txt --same_filler --lengths 2500 --trials 5 --keys 2 --csv alike.csv"
+    );
+    let read = |more: &str| {
+        text(&format!("{flags} {more}"), "");
+        fs::read_to_string(MODEL.path().join("alike.csv")).unwrap()
+    };
+    let (alone, alike) = (read("--device cpu --out alone"), read("--sessions alike --device cpu --out alike_out"));
+    let answers = |csv: &str, way: &str| -> Vec<Vec<String>> {
+        let lines = csv.lines().skip(1).filter(|line| line.ends_with(way));
+        lines.map(|line| line.split(',').skip(5).take(4).map(String::from).collect()).collect()
+    };
+    assert_eq!(answers(&alone, ","), answers(&alike, ",index"));
+    assert_eq!(answers(&alike, ",index").len(), 5, "{alike}");
 }
 
 /// What was finished before an interruption is not done again.

@@ -53,6 +53,9 @@ pub struct Args {
     /// at its end), instead of the usual sentences
     #[arg(long, value_name = "FILE", help_heading = "Test")]
     filler: Option<PathBuf>,
+    /// Begin at the same place in --filler each time. With --sessions, what prompts have in common before their keys is read once
+    #[arg(long, requires = "filler", help_heading = "Test")]
+    same_filler: bool,
     /// Decides the keys, how deep they are hidden, and where in the filler a prompt begins
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Test")]
     seed: u64,
@@ -107,6 +110,9 @@ struct Key {
     /// How a session kept its blocks, and which landmarks were scored when it was asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     session: Option<(String, String)>,
+    /// Whether all prompts begin at the same place in the filler.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    same_filler: bool,
 }
 
 /// The meaning of kept answers: raised when the test changes.
@@ -127,7 +133,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         None => Filler::garbage(&tokenizer)?,
         Some(path) => Filler::open(path, &tokenizer).with_context(|| format!("--filler {}", path.display()))?,
     };
-    let prompts = Prompts { tokenizer: &tokenizer, begin: &begin, filler: &filler, keys: args.keys, seed: args.seed };
+    let (keys, seed, same_filler) = (args.keys, args.seed, args.same_filler);
+    let prompts = Prompts { tokenizer: &tokenizer, begin: &begin, filler: &filler, keys, seed, same_filler };
     // What is too short or impossible is known before hours of reading.
     let mut plan = Vec::with_capacity(args.lengths.len() * ways.len());
     for &length in &args.lengths {
@@ -159,6 +166,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
             tokenizer: tokenizer.fingerprint().to_string(),
             begin: begin.clone(),
             session: None,
+            same_filler,
         };
         let what = format!("[{}/{count}] {} tokens", number + 1, grouped(length));
         let cells = match args.sessions.sessions {
@@ -308,12 +316,19 @@ fn compute_sessions(
         keys.iter().map(|key| anyhow::Ok(kept.get(key)?.unwrap_or_default())).collect::<Result<_, _>>()?;
     let has =
         |known: &[Vec<Trial>], number| known.iter().all(|trials| trials.iter().any(|trial| trial.trial == number));
-    let missing: Vec<u64> = (0..args.trials).filter(|&number| !has(&known, number)).collect();
-    let mut bar = ReadingBar::new(what, Some((missing.len() * key.length) as u64));
-    for (done, &number) in missing.iter().enumerate() {
-        let prompt = prompts.prompt(key.length, number)?;
-        let answers = sessions::answers(&args.model, &reading.flags, &args.sessions, number, &prompt, |tokens| {
-            let read = done * key.length + tokens;
+    let missing = (0..args.trials).filter(|&number| !has(&known, number));
+    let prompt = |number| Ok((prompts.prompt(key.length, number)?.keys_at, number));
+    let mut missing = missing.map(prompt).collect::<anyhow::Result<Vec<_>>>()?;
+    // What they begin with alike grows from one to the next.
+    missing.sort_unstable();
+    let own: usize = missing.iter().map(|(keys_at, _)| key.length - if key.same_filler { *keys_at } else { 0 }).sum();
+    let alike = missing.last().map_or(0, |(keys_at, _)| if key.same_filler { *keys_at } else { 0 });
+    let mut bar = ReadingBar::new(what, Some((own + alike) as u64));
+    let mut sessions = sessions::Sessions::new(&args.model, &reading.flags, &args.sessions)?;
+    let mut read = 0;
+    for (_, number) in missing {
+        let answers = sessions.answers(number, &prompts.prompt(key.length, number)?, |tokens| {
+            read += tokens;
             bar.set(read as u64, read);
             !interrupt::requested()
         })?;

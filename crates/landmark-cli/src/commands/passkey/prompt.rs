@@ -117,8 +117,9 @@ pub struct Prompt {
     pub tokens: Vec<u32>,
     /// The number that answers it.
     pub key: u64,
-    /// The first token of the sentence that tells it.
+    /// The first token of the sentence that tells it, and of the first that tells any.
     pub told_at: usize,
+    pub keys_at: usize,
     /// The first token of the question, which is the rest.
     pub asked_at: usize,
 }
@@ -135,13 +136,15 @@ pub struct Prompts<'t> {
     pub keys: usize,
     /// Decides them.
     pub seed: u64,
+    /// Whether all begin at the same place in the filler.
+    pub same_filler: bool,
 }
 
 impl Prompts<'_> {
     /// A prompt of `length` tokens. Its keys, and how far into the text they are told, are a function of the seed and `trial` alone, so
     /// all lengths ask the same questions.
     pub fn prompt(&self, length: usize, trial: u64) -> anyhow::Result<Prompt> {
-        let &Self { tokenizer, begin, filler, keys: count, seed } = self;
+        let &Self { tokenizer, begin, filler, keys: count, seed, same_filler } = self;
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(trial);
         // (where it is told, its name, its number)
@@ -154,7 +157,10 @@ impl Prompts<'_> {
                 keys.push((depth, "pass key", key));
             }
         }
-        let start = if filler.is_garbage { 0 } else { rng.next_u64() as usize % filler.tokens.len() };
+        let mut start = if filler.is_garbage { 0 } else { rng.next_u64() as usize % filler.tokens.len() };
+        if same_filler {
+            start = ChaCha8Rng::seed_from_u64(seed).next_u64() as usize % filler.tokens.len();
+        }
         let mut asked = 0;
         if count > 1 {
             let mut names = NAMES;
@@ -178,12 +184,14 @@ impl Prompts<'_> {
             bail!("--lengths {length}: too short, the task, {what} and the question alone take {fixed} tokens");
         };
         let (mut tokens, mut told_at, mut done) = (task, 0, 0);
+        let mut keys_at = None;
         // In the usual sentences each stretch begins anew; in a text a key lies between two neighbouring words.
         let from = |done| if filler.is_garbage { 0 } else { start + done };
         for ((depth, _, this), told) in keys.iter().zip(&told) {
             let before = (depth * (around + 1) as f64) as usize;
             tokens.extend(filler.from(from(done), before - done));
             done = before;
+            keys_at.get_or_insert(tokens.len());
             if *this == key {
                 told_at = tokens.len();
             }
@@ -192,7 +200,8 @@ impl Prompts<'_> {
         tokens.extend(filler.from(from(done), around - done));
         let asked_at = tokens.len();
         tokens.extend(question);
-        Ok(Prompt { tokens, key, told_at, asked_at })
+        let keys_at = keys_at.unwrap_or(asked_at);
+        Ok(Prompt { tokens, key, told_at, keys_at, asked_at })
     }
 }
 
@@ -210,8 +219,9 @@ mod tests {
 
     fn text(filler: &Filler, keys: usize, length: usize, trial: u64) -> (String, Prompt) {
         let tokenizer = Tokenizer::bytes();
-        let prompt =
-            Prompts { tokenizer: &tokenizer, begin: &[], filler, keys, seed: 1 }.prompt(length, trial).unwrap();
+        let prompt = Prompts { tokenizer: &tokenizer, begin: &[], filler, keys, seed: 1, same_filler: false }
+            .prompt(length, trial)
+            .unwrap();
         assert_eq!(prompt.tokens.len(), length);
         (tokenizer.decode(&prompt.tokens).unwrap(), prompt)
     }
@@ -265,8 +275,11 @@ mod tests {
     fn a_prompt_begins_as_the_models_texts_do() {
         let tokenizer = Tokenizer::bytes();
         let filler = Filler::text("It was a dark and stormy night. ", &tokenizer).unwrap();
-        let prompt =
-            |begin| Prompts { tokenizer: &tokenizer, begin, filler: &filler, keys: 1, seed: 1 }.prompt(600, 0).unwrap();
+        let prompt = |begin| {
+            Prompts { tokenizer: &tokenizer, begin, filler: &filler, keys: 1, seed: 1, same_filler: false }
+                .prompt(600, 0)
+                .unwrap()
+        };
         let (bare, marked) = (prompt(&[]), prompt(&[256]));
         assert_eq!((marked.tokens[0], marked.tokens.len()), (256, 600));
         assert_eq!(marked.tokens[1..50], bare.tokens[..49]);
@@ -281,6 +294,22 @@ mod tests {
         let told = told("pass key", prompt.key);
         let body = text.strip_prefix(TASK).unwrap().strip_suffix(&question("pass key")).unwrap().replace(&told, "");
         assert!(words.repeat(2).contains(&body), "{body}");
+    }
+
+    #[test]
+    fn prompts_in_the_same_filler_are_alike_up_to_their_keys() {
+        let words: String = (0..2000).map(|i| format!("w{i} ")).collect();
+        let (tokenizer, filler) = (Tokenizer::bytes(), Filler::text(&words, &Tokenizer::bytes()).unwrap());
+        for keys in [1, 3] {
+            let prompts =
+                Prompts { tokenizer: &tokenizer, begin: &[], filler: &filler, keys, seed: 1, same_filler: true };
+            let prompts: Vec<Prompt> = (0..9).map(|trial| prompts.prompt(3000, trial).unwrap()).collect();
+            for prompt in &prompts {
+                let alike = prompt.keys_at.min(prompts[0].keys_at);
+                assert_eq!(prompt.tokens[..alike], prompts[0].tokens[..alike]);
+                assert_eq!(tokenizer.decode(&prompt.tokens[prompt.keys_at..][..5]).unwrap(), "\nThe ");
+            }
+        }
     }
 
     /// Prepared tokens are the text, without the ends of its documents.
@@ -306,7 +335,8 @@ mod tests {
         let tokenizer = Tokenizer::bytes();
         let filler = Filler::garbage(&tokenizer).unwrap();
         let error = |keys| {
-            let prompts = Prompts { tokenizer: &tokenizer, begin: &[], filler: &filler, keys, seed: 1 };
+            let prompts =
+                Prompts { tokenizer: &tokenizer, begin: &[], filler: &filler, keys, seed: 1, same_filler: false };
             prompts.prompt(100, 0).err().unwrap().to_string()
         };
         assert!(error(1).starts_with("--lengths 100: too short, the task, the key"), "{}", error(1));

@@ -1,4 +1,5 @@
-//! Pass keys through sessions: prompts that are read onto the disk, and asked for through the index and without it.
+//! Pass keys through sessions: prompts that are read onto the disk, and asked for through the index and without it. What prompts that follow each other
+//! begin with alike is read once, and each is a fork of it.
 
 use super::prompt::Prompt;
 use super::results::Trial;
@@ -7,7 +8,7 @@ use crate::reader::{About, CacheFlags, ModelFlags, Reader, SessionFlags, open_se
 use crate::sampling::Sampler;
 use anyhow::Context;
 use landmark_memory::BlockType;
-use landmark_memory::session::Settings;
+use landmark_memory::session::{Session, Settings};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -30,57 +31,106 @@ pub struct Flags {
 /// The two ways in which a session is asked.
 pub const WAYS: [&str; 2] = ["index", "all landmarks scored"];
 
-/// Reads a prompt into a new session, all but its question, and asks it in each of [`WAYS`]. `progress` is told how many tokens are read and
-/// says whether to go on; nothing comes back if it does not.
-pub fn answers(
-    model: &ModelFlags,
-    cache: &CacheFlags,
-    flags: &Flags,
-    number: u64,
-    prompt: &Prompt,
-    mut progress: impl FnMut(usize) -> bool,
-) -> anyhow::Result<Option<[Trial; 2]>> {
-    let parent = flags.sessions.as_deref().context("--sessions DIR is missing")?;
-    std::fs::create_dir_all(parent).with_context(|| format!("--sessions: cannot make {}", parent.display()))?;
-    let folder = parent.join(format!("passkey-{}-{number}", std::process::id()));
-    let settings = Settings { block_type: flags.block_dtype, disk_limit: None, blocks_per_segment: None };
-    About::create(&folder, model, cache, false, settings)?;
-    // Whatever happens, what is tens of gigabytes does not stay.
-    let _removed = Removed(&folder);
-
-    let (text, question) = prompt.tokens.split_at(prompt.asked_at);
-    let begun = Instant::now();
-    let how = SessionFlags::of(folder.clone(), model.device, flags.ram);
-    let (mut session, mut reader) = open_session(&how, false)?;
-    let mut read = 0;
-    for chunk in text.chunks(reader.chunk()) {
-        reader.read(chunk, |_| true)?;
-        read += chunk.len();
-        reader.commit(&mut session, chunk, None, read == text.len())?;
-        if !progress(read) {
-            return Ok(None);
-        }
-    }
-    drop((session, reader));
-    let reading = begun.elapsed();
-
-    let depth = prompt.told_at as f64 / prompt.tokens.len() as f64;
-    let ask = |exact| {
-        let begun = Instant::now();
-        let (_session, mut reader) = open_session(&how, exact)?;
-        let answer = answer(&mut reader, question)?;
-        let seconds = (reading + begun.elapsed()).as_secs_f64();
-        anyhow::Ok(Trial { trial: number, depth, key: prompt.key, answer, seconds })
-    };
-    Ok(Some([ask(false)?, ask(true)?]))
+/// Reads prompts into sessions.
+pub struct Sessions<'a> {
+    model: &'a ModelFlags,
+    cache: &'a CacheFlags,
+    flags: &'a Flags,
+    parent: &'a Path,
+    /// What the last prompt began with, up to the chunk that tells its first key.
+    trunk: Option<(Temporary, Vec<u32>)>,
 }
 
-/// Removes a session when it goes out of scope.
-struct Removed<'a>(&'a Path);
+impl<'a> Sessions<'a> {
+    /// Sessions in the folder of `flags`, which is made.
+    pub fn new(model: &'a ModelFlags, cache: &'a CacheFlags, flags: &'a Flags) -> anyhow::Result<Self> {
+        let parent = flags.sessions.as_deref().context("--sessions DIR is missing")?;
+        std::fs::create_dir_all(parent).with_context(|| format!("--sessions: cannot make {}", parent.display()))?;
+        Ok(Self { model, cache, flags, parent, trunk: None })
+    }
 
-impl Drop for Removed<'_> {
+    /// Reads a prompt into a session, all but its question, and asks it in each of [`WAYS`]. `progress` is told how many tokens more are read and says
+    /// whether to go on; nothing comes back if it does not.
+    pub fn answers(
+        &mut self,
+        number: u64,
+        prompt: &Prompt,
+        mut progress: impl FnMut(usize) -> bool,
+    ) -> anyhow::Result<Option<[Trial; 2]>> {
+        let (text, question) = prompt.tokens.split_at(prompt.asked_at);
+        let begun = Instant::now();
+        if self.trunk.as_ref().is_some_and(|(_, read)| !text[..prompt.keys_at].starts_with(read)) {
+            self.trunk = None;
+        }
+        let (trunk, read) = match &mut self.trunk {
+            Some(trunk) => trunk,
+            None => {
+                let trunk = Temporary(self.parent.join(format!("passkey-{}", std::process::id())));
+                let settings =
+                    Settings { block_type: self.flags.block_dtype, disk_limit: None, blocks_per_segment: None };
+                About::create(&trunk.0, self.model, self.cache, false, settings)?;
+                self.trunk.insert((trunk, Vec::new()))
+            }
+        };
+        let how = |session: &Temporary| SessionFlags::of(session.0.clone(), self.model.device, self.flags.ram);
+        let branch = Temporary(self.parent.join(format!("passkey-{}-{number}", std::process::id())));
+        {
+            let (mut session, mut reader) = open_session(&how(trunk), false)?;
+            // From one beginning of a chunk to another: the chunks are those of the prompt alone.
+            let alike = prompt.keys_at - prompt.keys_at % reader.chunk();
+            if !append(&mut session, &mut reader, &text[read.len()..alike], &mut progress)? {
+                return Ok(None);
+            }
+            read.extend_from_slice(&text[read.len()..alike]);
+            session.fork(&branch.0)?;
+        }
+        {
+            let (mut session, mut reader) = open_session(&how(&branch), false)?;
+            if !append(&mut session, &mut reader, &text[read.len()..], &mut progress)? {
+                return Ok(None);
+            }
+        }
+        let reading = begun.elapsed();
+
+        let depth = prompt.told_at as f64 / prompt.tokens.len() as f64;
+        let ask = |exact| {
+            let begun = Instant::now();
+            let (_session, mut reader) = open_session(&how(&branch), exact)?;
+            let answer = answer(&mut reader, question)?;
+            let seconds = (reading + begun.elapsed()).as_secs_f64();
+            anyhow::Ok(Trial { trial: number, depth, key: prompt.key, answer, seconds })
+        };
+        Ok(Some([ask(false)?, ask(true)?]))
+    }
+}
+
+/// Says whether all was read.
+fn append(
+    session: &mut Session,
+    reader: &mut Reader,
+    text: &[u32],
+    mut progress: impl FnMut(usize) -> bool,
+) -> anyhow::Result<bool> {
+    let mut left = text.len();
+    for chunk in text.chunks(reader.chunk()) {
+        reader.read(chunk, |_| true)?;
+        left -= chunk.len();
+        reader.commit(session, chunk, None, left == 0)?;
+        if !progress(chunk.len()) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// A session that is removed when it goes out of scope: whatever happens, what is tens of gigabytes does not stay.
+struct Temporary(PathBuf);
+
+impl Drop for Temporary {
     fn drop(&mut self) {
-        if let Err(error) = landmark_memory::session::delete(self.0) {
+        if self.0.exists()
+            && let Err(error) = landmark_memory::session::delete(&self.0)
+        {
             eprintln!("{}: cannot remove it: {error}", self.0.display());
         }
     }
