@@ -1,9 +1,10 @@
 """What a session costs as it grows: tokens a second of appending by the million, memory, and milliseconds of a token when it is asked.
 
-usage: sessions.py BINARY MODEL TEXT WORK [--millions 10] [--block_dtype int8] [--ram 512MiB] [--json FILE]
+usage: sessions.py BINARY MODEL TEXT WORK [--millions 10] [--block_dtype int8] [--ram 512MiB] [--json FILE] [--plot FILE]
 
 WORK is a folder with room for 4.1 GB a million tokens of landmark-12m in int8. Sessions of 4,000 and 64,000 tokens and of a million are asked, then the last is appended
 to in one go and asked again, warm and, where the page cache can be dropped, cold. Nothing else should run. What was appended stays in WORK and is not appended again.
+--plot draws an SVG, and needs matplotlib.
 """
 
 import argparse
@@ -90,6 +91,27 @@ def rows(args):
         yield ask(args, session, "cold")
 
 
+def plot(path, rows):
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    # Of the session that grows: the rate of each stretch, over that stretch.
+    appended = [row for row in rows if "append_tok_per_s" in row and row["tokens"] >= MILLION]
+    for row in appended:
+        left.plot([row["from"] / MILLION, row["tokens"] / MILLION], [row["append_tok_per_s"]] * 2, color="tab:blue", linewidth=3)
+    left.set(title="Appending", xlabel="million tokens in the session", ylabel="tokens a second", ylim=(0, None))
+    asked = [row for row in rows if "asked" in row]
+    for cold, name, mark in ((False, "page cache warm", "o"), (True, "cold", "x")):
+        points = [row for row in asked if (row["asked"] == "cold") == cold]
+        right.plot([row["tokens"] for row in points], [row["ms_per_token"] for row in points], mark, label=name)
+    right.set(title="Decoding", xlabel="tokens in the session", ylabel="ms a token", xscale="log", ylim=(0, None))
+    right.legend()
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("binary", "model", "text", "work"):
@@ -98,6 +120,7 @@ def main():
     parser.add_argument("--block_dtype", default="int8")
     parser.add_argument("--ram", default="512MiB")
     parser.add_argument("--json")
+    parser.add_argument("--plot")
     args = parser.parse_args()
     os.makedirs(args.work, exist_ok=True)
     columns = ("tokens", "from", "append_tok_per_s", "append_MB", "asked", "first_token_s", "ms_per_token", "ask_MB")
@@ -109,6 +132,8 @@ def main():
     if args.json:
         with open(args.json, "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in kept)
+    if args.plot:
+        plot(args.plot, kept)
 
 
 if __name__ == "__main__":

@@ -247,6 +247,14 @@ impl LandmarkCache {
         follows: &[bool],
         model: impl FnOnce(&Tensor, &mut dyn Attend) -> candle_core::Result<Tensor>,
     ) -> Result<Tensor> {
+        let (ids, ordinary, mut chunk) = self.begin(tokens, follows)?;
+        let out = model(&ids, &mut chunk)?;
+        chunk.end()?;
+        Ok(out.contiguous()?.index_select(&ordinary, 1)?)
+    }
+
+    /// The chunk with its landmarks, u32 `[batch, time']`, where its `time` ordinary tokens are in it, and its attention.
+    pub(crate) fn begin(&mut self, tokens: &Tensor, follows: &[bool]) -> Result<(Tensor, Tensor, Chunk<'_>)> {
         let CacheConfig { batch, mem_freq, top_k, layers, .. } = self.config;
         let time = match tokens.dims() {
             &[b, time] if b == batch && (1..=self.max_chunk()).contains(&time) => time,
@@ -285,7 +293,7 @@ impl LandmarkCache {
         let start = distance - if has_older { 0 } else { block as i64 };
         let at = |from: i64, n: usize| self.rope.at(&(from..from + n as i64).collect::<Vec<_>>());
         let offsets: Vec<i64> = (0..sizes.len() * block).map(|i| (i % block) as i64).collect();
-        let mut chunk = Chunk {
+        let chunk = Chunk {
             q: at(start, length),
             k: at(start - unfinished as i64, unfinished + length),
             offsets: self.rope.at(&offsets),
@@ -300,30 +308,17 @@ impl LandmarkCache {
             newest: if has_older { top_k } else { 0 },
             are_short: self.short > 0,
             layout: Layout::new(&sizes, batch, unfinished + length, mem_freq, tokens.device())?,
+            sizes,
             pending: Vec::with_capacity(layers),
             retrievals: Retrievals::default(),
             cache: self,
         };
-        let out = model(&ids, &mut chunk)?;
-        let Chunk { pending, retrievals, .. } = chunk;
-        if pending.len() != layers {
-            return Err(Error::Layer { got: pending.len(), expected: pending.len(), layers });
-        }
-        let finished: Vec<(Tensor, Tensor)> = pending.iter().filter_map(|layer| layer.finished.clone()).collect();
-        let mut start = self.tokens;
-        let begins = sizes.iter().map(|&size| {
-            start += size as usize;
-            (start - size as usize, size)
-        });
-        let blocks: Vec<(usize, u32)> = begins.collect();
-        if !finished.is_empty() {
-            self.store.append(&finished, &blocks)?;
-        }
-        self.unfinished = pending.into_iter().map(|layer| layer.unfinished).collect();
-        self.note(&blocks);
-        self.retrievals.done += retrievals.done;
-        self.retrievals.skipped += retrievals.skipped;
-        Ok(out.contiguous()?.index_select(&ordinary, 1)?)
+        Ok((ids, ordinary, chunk))
+    }
+
+    /// What it was made for.
+    pub(crate) fn config(&self) -> &CacheConfig {
+        &self.config
     }
 
     /// Where finished blocks are, and the keys and values of the unfinished one.
@@ -370,7 +365,7 @@ struct Pending {
 }
 
 /// One chunk on its way through the model.
-struct Chunk<'a> {
+pub(crate) struct Chunk<'a> {
     cache: &'a mut LandmarkCache,
     /// Rotations of the chunk's queries, of the keys of the unfinished block and the chunk, of finished blocks, and of the
     /// queries for all slots, one after the other.
@@ -387,11 +382,37 @@ struct Chunk<'a> {
     /// Whether some cached blocks are shorter than their place.
     are_short: bool,
     layout: Layout,
+    /// Ordinary tokens of the blocks that it finishes.
+    sizes: Vec<u32>,
     pending: Vec<Pending>,
     retrievals: Retrievals,
 }
 
 impl Chunk<'_> {
+    /// Stores what the model, which is done, computed of it.
+    pub(crate) fn end(self) -> Result<()> {
+        let Self { cache, pending, retrievals, sizes, .. } = self;
+        let layers = cache.config.layers;
+        if pending.len() != layers {
+            return Err(Error::Layer { got: pending.len(), expected: pending.len(), layers });
+        }
+        let finished: Vec<(Tensor, Tensor)> = pending.iter().filter_map(|layer| layer.finished.clone()).collect();
+        let mut start = cache.tokens;
+        let begins = sizes.iter().map(|&size| {
+            start += size as usize;
+            (start - size as usize, size)
+        });
+        let blocks: Vec<(usize, u32)> = begins.collect();
+        if !finished.is_empty() {
+            cache.store.append(&finished, &blocks)?;
+        }
+        cache.unfinished = pending.into_iter().map(|layer| layer.unfinished).collect();
+        cache.note(&blocks);
+        cache.retrievals.done += retrievals.done;
+        cache.retrievals.skipped += retrievals.skipped;
+        Ok(())
+    }
+
     /// Attention of the chunk without the context-miss token's row; `miss` is that token's key, `[batch, kv_heads, 1, head_dim]`.
     fn attend_tokens(
         &mut self,

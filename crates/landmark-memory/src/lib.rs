@@ -2,6 +2,7 @@
 //! fetches the few blocks whose landmarks score best (paper, section 3.2).
 //!
 //! - [`LandmarkCache`] drives a model over a text: landmarks in, attention over retrieved blocks, landmark logits out;
+//! - [`forward_together`] does so for several texts in one pass of the model;
 //! - [`XlCache`] is the Transformer-XL baseline, a cache of the last tokens' keys and values.
 //!
 //! Both hand themselves to the model as [`landmark_attention::Attend`]; they know nothing of models or tokenizers. A [`session`] is a landmark cache in
@@ -23,6 +24,7 @@ mod ring;
 mod segments;
 pub mod session;
 mod store;
+mod together;
 mod xl;
 
 pub use cache::{LandmarkCache, Retrievals};
@@ -33,4 +35,5 @@ pub use landmark_attention::retrieval::Selection;
 pub use paged::{Recall, Scoring, Tiers};
 pub use pooled::PoolTier;
 pub use reads::BlockRead;
+pub use together::{Next, forward_together};
 pub use xl::XlCache;

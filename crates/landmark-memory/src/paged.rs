@@ -397,6 +397,13 @@ impl Paged {
         self.pending.get((at * units + unit) * size..)?.get(..size)
     }
 
+    /// Tells the system that so many units of a block that is written, from this one on, will be read.
+    pub fn will_read(&self, UnitId { record, unit }: UnitId, n: usize) {
+        if let Some((segments, _)) = &self.disk {
+            segments.will_read(record, unit..unit + n);
+        }
+    }
+
     /// Reads `units` of a block that is written, side by side, encoded.
     pub fn read(&self, record: usize, units: std::ops::Range<usize>, bytes: &mut Vec<u8>) -> Result<()> {
         let Some((segments, crcs)) = &self.disk else {

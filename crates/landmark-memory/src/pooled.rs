@@ -248,7 +248,9 @@ fn bring(
 
 /// Reads encoded units from disk, those that are side by side in a block at once.
 fn read(jobs: &mut [Job<Vec<u8>>], paged: &Paged) -> Result<()> {
-    side_by_side(jobs).into_par_iter().try_for_each_init(Vec::new, |buffer, run| {
+    let runs = side_by_side(jobs);
+    runs.iter().for_each(|run| paged.will_read(run[0].0, run.len()));
+    runs.into_par_iter().try_for_each_init(Vec::new, |buffer, run| {
         let UnitId { record, unit } = run[0].0;
         if let [(_, data)] = run {
             return paged.read(record, unit..unit + 1, data);
