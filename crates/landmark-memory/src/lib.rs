@@ -25,7 +25,7 @@ pub mod session;
 mod store;
 mod xl;
 
-pub use cache::{LandmarkCache, Retrievals};
+pub use cache::{LandmarkCache, Mark, Retrievals};
 pub use codec::BlockType;
 pub use config::{CacheConfig, ContextMiss};
 pub use error::{Error, Result};
