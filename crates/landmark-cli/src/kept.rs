@@ -3,10 +3,11 @@
 
 use crate::files;
 use anyhow::Context;
+use landmark_inference::hex;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 /// A file.
@@ -56,21 +57,6 @@ impl Folder {
     }
 }
 
-/// SHA-256 of a model's files, and of its adapter's.
-pub fn hash_of_model(folder: &Path, adapter: Option<&Path>) -> anyhow::Result<String> {
-    let mut hasher = Sha256::new();
-    let adapter = adapter.map(|adapter| landmark_models::llama::ADAPTER_FILES.map(|name| adapter.join(name)));
-    let files = match folder.is_file() {
-        true => vec![folder.to_path_buf()],
-        false => [vec![folder.join("config.json")], landmark_models::llama::weight_files(folder)?].concat(),
-    };
-    for path in files.into_iter().chain(adapter.into_iter().flatten()) {
-        let mut read = || std::io::copy(&mut File::open(&path)?, &mut hasher);
-        read().with_context(|| format!("cannot read {}", path.display()))?;
-    }
-    Ok(hex(&hasher.finalize()))
-}
-
 /// SHA-256 of tokens, which come in parts.
 pub fn hash_of_tokens(parts: impl IntoIterator<Item = anyhow::Result<Vec<u32>>>) -> anyhow::Result<String> {
     let mut hasher = Sha256::new();
@@ -78,10 +64,6 @@ pub fn hash_of_tokens(parts: impl IntoIterator<Item = anyhow::Result<Vec<u32>>>)
         part?.iter().for_each(|id| hasher.update(id.to_le_bytes()));
     }
     Ok(hex(&hasher.finalize()))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

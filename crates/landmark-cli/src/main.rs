@@ -3,15 +3,11 @@
 mod args;
 mod commands;
 mod curves;
-mod device;
 mod files;
 mod interrupt;
 mod kept;
-mod machine;
 mod plot;
-mod reader;
 mod reading;
-mod sampling;
 mod text_pieces;
 
 use clap::Parser;

@@ -1,7 +1,7 @@
 //! How reading is shown: a bar while it goes on, numbers and blocks when it is done.
 
-use crate::reader::Reader;
 use indicatif::{ProgressBar, ProgressStyle};
+use landmark_inference::Reader;
 use std::fmt::Write;
 use std::ops::Range;
 use std::time::{Duration, Instant};

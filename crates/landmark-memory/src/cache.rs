@@ -21,6 +21,8 @@
 //! newest blocks up to some times farther away than they are, farther than the model met them in training. No position is
 //! beyond those of full blocks.
 
+mod mark;
+
 use candle_core::{DType, Device, Tensor};
 use landmark_attention::retrieval::{self, Selection, SlotQueries};
 use landmark_attention::{Attend, LandmarkParams, Rope, Rotation, landmark_attention_with_lse};
@@ -33,6 +35,7 @@ use crate::pooled::{PoolTier, Pooled};
 use crate::reads::Reads;
 use crate::store::BlockStore;
 use crate::{BlockRead, Error, Result};
+pub use mark::Mark;
 
 /// A text that a model has read, and can go on reading.
 #[derive(Debug)]

@@ -27,7 +27,7 @@ mod store;
 mod together;
 mod xl;
 
-pub use cache::{LandmarkCache, Retrievals};
+pub use cache::{LandmarkCache, Mark, Retrievals};
 pub use codec::BlockType;
 pub use config::{CacheConfig, ContextMiss};
 pub use error::{Error, Result};

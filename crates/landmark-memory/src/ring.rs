@@ -84,6 +84,11 @@ impl<const N: usize> Ring<N> {
         Ok(())
     }
 
+    /// Forgets all but the oldest `blocks`; keeps the memory.
+    pub fn truncate(&mut self, blocks: usize) {
+        self.len = self.len.min(blocks);
+    }
+
     /// Forgets all blocks; keeps the memory.
     pub fn clear(&mut self) {
         (self.first, self.len) = (0, 0);

@@ -82,6 +82,19 @@ impl BlockStore {
         }
     }
 
+    /// Whether all blocks are in memory, as they are read.
+    pub fn is_in_memory(&self) -> bool {
+        matches!(self, Self::Rings(_))
+    }
+
+    /// Forgets all but the first `blocks` of a store in memory that drops none.
+    pub fn truncate(&mut self, blocks: usize) {
+        match self {
+            Self::Rings(layers) => layers.iter_mut().for_each(|ring| ring.truncate(blocks)),
+            Self::Paged(_) | Self::Pooled(_) => unreachable!("only what is in memory is cut"),
+        }
+    }
+
     /// Forgets all blocks; keeps the memory.
     pub fn clear(&mut self) {
         match self {

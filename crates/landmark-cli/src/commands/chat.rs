@@ -1,18 +1,14 @@
 //! `landmark chat`: a conversation, about a text of any length if there is one.
 
-mod template;
-
 use crate::interrupt;
-use crate::reader::{self, CacheFlags, ModelFlags, Reader};
 use crate::reading::ReadingBar;
-use crate::sampling::{Sampler, SamplingFlags};
 use crate::text_pieces::TextPieces;
 use anyhow::{Context, bail};
 use landmark_data::Pretrained;
+use landmark_inference::{CacheFlags, Message, ModelFlags, Reader, Role, Sampler, SamplingFlags, Template};
 use std::io::{BufRead, ErrorKind, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use template::{Message, Role, Template};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -54,15 +50,15 @@ pub struct Args {
 /// Talks.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     args.sampling.check()?;
-    let (path, adapter) = (reader::checkpoint(&args.model.checkpoint)?, args.model.adapter.as_deref());
-    let pretrained = reader::pretrained(&path, adapter, args.model.tokenizer.as_deref())?;
+    let (path, adapter) = (landmark_inference::checkpoint(&args.model.checkpoint)?, args.model.adapter.as_deref());
+    let pretrained = landmark_inference::pretrained(&path, adapter, args.model.tokenizer.as_deref())?;
     let mut sampler = Sampler::new(&args.sampling, pretrained.sampling)?;
     let template = template(&args, &pretrained)?;
     let file = match &args.file {
         Some(path) => Some(TextPieces::open(path)?.rest().with_context(|| format!("--file {}", path.display()))?),
         None => None,
     };
-    let model = reader::load(&path, adapter, args.model.device)?;
+    let model = landmark_inference::load(&path, adapter, args.model.device)?;
     let reader = Reader::of_pretrained(model, &pretrained, &args.cache)?;
     let mut conversation = Conversation { reader, pretrained, template, messages: Vec::new(), read: String::new() };
     if let Some(text) = args.system {

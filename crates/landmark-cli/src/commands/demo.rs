@@ -6,14 +6,13 @@ mod next;
 
 use crate::commands::passkey::{number, question, told};
 use crate::interrupt;
-use crate::machine::peak_memory;
-use crate::reader::{self, CacheFlags, DeviceFlags, LmCache, Reader, fitting};
 use crate::reading::{ReadingBar, grouped, most_read, rate};
-use crate::sampling::Sampler;
 use crate::text_pieces::TextPieces;
 use anyhow::{Context, bail};
 use clap::{Args as _, FromArgMatches};
 use hidden::{Fact, hide};
+use landmark_inference::machine::peak_memory;
+use landmark_inference::{CacheFlags, DeviceFlags, LmCache, Reader, Sampler, fitting};
 use landmark_models::Model;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -94,11 +93,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 fn demonstrate(args: &Args, out: &mut impl Write) -> anyhow::Result<()> {
     let begun = Instant::now();
     let folder = match &args.checkpoint {
-        Some(folder) => reader::checkpoint(folder)?,
+        Some(folder) => landmark_inference::checkpoint(folder)?,
         None => shipped(MODEL).with_context(|| missing(MODEL, "a model with --checkpoint DIR"))?,
     };
-    let model = reader::load(&folder, None, args.device)?;
-    let tokenizer = reader::tokenizer(&folder, None, None)?;
+    let model = landmark_inference::load(&folder, None, args.device)?;
+    let tokenizer = landmark_inference::tokenizer(&folder, None, None)?;
     let mut reader = Reader::new(model.detached(), tokenizer.clone(), &args.cache)?;
     let Some(top_k) = reader.top_k().filter(|&k| k > 0) else {
         bail!("the demonstration is about retrieval: it needs a model with landmarks, and --cache_topk of at least 1");

@@ -10,11 +10,11 @@ mod table;
 mod text;
 
 use crate::interrupt;
-use crate::reader::{self, Reading};
 use crate::reading::ReadingBar;
 use anyhow::{Context, bail};
 pub use flags::Args;
 use landmark_data::{TOKENIZER_FILE, Tokenizer};
+use landmark_inference::Reading;
 use report::Report;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -48,12 +48,12 @@ pub struct Model {
 
 impl Model {
     fn open(named: &Path, args: &Args) -> anyhow::Result<Self> {
-        let folder = reader::checkpoint(named)?;
+        let folder = landmark_inference::checkpoint(named)?;
         let adapter = args.adapter.as_deref();
-        let weights = reader::load(&folder, adapter, args.device)?;
+        let weights = landmark_inference::load(&folder, adapter, args.device)?;
         // Prepared tokens can do without one.
         let tokenizer = match args.tokenizer.is_some() || folder.is_file() || folder.join(TOKENIZER_FILE).exists() {
-            true => Some(reader::tokenizer(&folder, adapter, args.tokenizer.as_deref())?),
+            true => Some(landmark_inference::tokenizer(&folder, adapter, args.tokenizer.as_deref())?),
             false => None,
         };
         Ok(Self { folder, weights, tokenizer })
@@ -83,7 +83,8 @@ fn one(checkpoint: &Path, args: &Args) -> anyhow::Result<ExitCode> {
     let text = match (&args.text.file, args.text.dataset.as_slice()) {
         (Some(file), _) => {
             // Reports what is wrong with the tokenizer.
-            let tokenizer = reader::tokenizer(&model.folder, args.adapter.as_deref(), args.tokenizer.as_deref())?;
+            let tokenizer =
+                landmark_inference::tokenizer(&model.folder, args.adapter.as_deref(), args.tokenizer.as_deref())?;
             Text::plain(file, tokenizer)?
         }
         (None, [dataset]) => Text::prepared(&args.text, dataset)?,

@@ -1,8 +1,8 @@
 //! `landmark export`: a model without what training needs, to be handed on.
 
-use crate::reader::{self, Dtype};
 use anyhow::{Context, bail};
 use candle_core::{DType, Device};
+use landmark_inference::Dtype;
 use landmark_models::gpt::Gpt;
 use landmark_models::llama::{ADAPTER_FILES, copy_adapter};
 use std::path::{Path, PathBuf};
@@ -38,7 +38,7 @@ pub struct Args {
 
 /// Exports.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let folder = reader::checkpoint(&args.checkpoint)?;
+    let folder = landmark_inference::checkpoint(&args.checkpoint)?;
     let dtype = match args.dtype {
         Dtype::Float32 => DType::F32,
         Dtype::BFloat16 => DType::BF16,
@@ -56,8 +56,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let model = Gpt::load(&folder, &Device::Cpu).with_context(|| format!("--checkpoint {}", folder.display()))?;
-    let tokenizer = reader::tokenizer(&folder, None, args.tokenizer.as_deref())?;
-    reader::check_vocabulary(model.config().vocab_size, &tokenizer)?;
+    let tokenizer = landmark_inference::tokenizer(&folder, None, args.tokenizer.as_deref())?;
+    landmark_inference::check_vocabulary(model.config().vocab_size, &tokenizer)?;
     let cannot = || format!("--out {}", args.out.display());
     model.save_as(&args.out, dtype).with_context(cannot)?;
     tokenizer.save(&args.out).with_context(cannot)?;

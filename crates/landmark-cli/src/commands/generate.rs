@@ -1,11 +1,10 @@
 //! `landmark generate`: goes on with a text of any length.
 
 use crate::interrupt;
-use crate::reader::{CacheFlags, ModelFlags, Reader};
 use crate::reading::{ReadingBar, grouped, most_read};
-use crate::sampling::{Sampler, SamplingFlags};
 use crate::text_pieces::TextPieces;
 use anyhow::{Context, bail};
+use landmark_inference::{CacheFlags, ModelFlags, Reader, Sampler, SamplingFlags};
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

@@ -1,8 +1,8 @@
 //! `landmark merge`: a model and its adapter become one model.
 
-use crate::reader::{self, Dtype};
 use anyhow::{Context, bail};
 use candle_core::{DType, Device};
+use landmark_inference::Dtype;
 use landmark_models::hub;
 use landmark_models::llama::{Gguf, Llama};
 use std::path::{Path, PathBuf};
@@ -44,12 +44,12 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     if same(&base) || same(&adapter) {
         bail!("--out {}: it would replace what it is made of", out.display());
     }
-    let tokenizer = reader::pretrained(&base, Some(&adapter), None)?;
+    let tokenizer = landmark_inference::pretrained(&base, Some(&adapter), None)?;
     let model = match base.is_file() {
         true => Gguf::open(&base)?.load(&Device::Cpu)?,
         false => Llama::load_frozen(&base, DType::F32, &Device::Cpu)?,
     };
-    let merged = reader::adapted(model, &base, &adapter)?.freeze()?;
+    let merged = landmark_inference::adapted(model, &base, &adapter)?.freeze()?;
     let dtype = match dtype {
         Dtype::Float32 => DType::F32,
         Dtype::BFloat16 => DType::BF16,

@@ -12,6 +12,7 @@ pub mod merge;
 pub mod passkey;
 pub mod plot;
 pub mod prepare;
+pub mod serve;
 pub mod session;
 pub mod train;
 pub mod weight_diff;
@@ -46,6 +47,8 @@ pub enum Command {
     Chat(Box<chat::Args>),
     /// Keep a text that was read on disk, to be read on and asked at any time
     Session(session::Args),
+    /// Serve a model to every client of OpenAI's interface, with prompts of any length and texts that stay read
+    Serve(Box<serve::Args>),
     /// Test whether the model finds a number that was told once, somewhere in a long text
     Passkey(Box<passkey::Args>),
     /// Write a fine-tuned LLaMA as its difference from what it was made of, and back
@@ -71,6 +74,7 @@ impl Command {
             Self::Generate(args) => generate::run(*args),
             Self::Chat(args) => chat::run(*args),
             Self::Session(args) => session::run(args),
+            Self::Serve(args) => serve::run(*args),
             Self::Passkey(args) => passkey::run(*args),
             Self::WeightDiff(args) => weight_diff::run(args),
             Self::Completions(args) => completions::run(args),

@@ -7,11 +7,11 @@ mod sessions;
 
 use crate::interrupt;
 use crate::kept::{self, Folder};
-use crate::machine::peak_memory;
-use crate::reader::{self, CacheFlags, LmCache, Memory, ModelFlags, Reading, SelectionMethod, Setting, fitting};
 use crate::reading::{ReadingBar, grouped};
 use anyhow::{Context, bail};
 use landmark_data::{Pretrained, Tokenizer};
+use landmark_inference::machine::peak_memory;
+use landmark_inference::{CacheFlags, LmCache, Memory, ModelFlags, Reading, SelectionMethod, Setting, fitting};
 use landmark_models::Model;
 use landmark_models::gpt::Placement;
 use prompt::{Filler, MOST_KEYS, Prompts};
@@ -121,10 +121,11 @@ const VERSION: u32 = 1;
 /// Tests.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     check(&args)?;
-    let (folder, adapter) = (reader::checkpoint(&args.model.checkpoint)?, args.model.adapter.as_deref());
-    let model = reader::load(&folder, adapter, args.model.device)?;
-    let Pretrained { tokenizer, begin, .. } = reader::pretrained(&folder, adapter, args.model.tokenizer.as_deref())?;
-    reader::check_vocabulary(model.outline().vocab_size, &tokenizer)?;
+    let (folder, adapter) = (landmark_inference::checkpoint(&args.model.checkpoint)?, args.model.adapter.as_deref());
+    let model = landmark_inference::load(&folder, adapter, args.model.device)?;
+    let Pretrained { tokenizer, begin, .. } =
+        landmark_inference::pretrained(&folder, adapter, args.model.tokenizer.as_deref())?;
+    landmark_inference::check_vocabulary(model.outline().vocab_size, &tokenizer)?;
     if args.sessions.sessions.is_some() && !model.device().is_cpu() {
         bail!("--sessions compares an index with all landmarks, which a GPU scores in any case; give --device cpu");
     }
@@ -147,7 +148,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let device = if model.device().is_cpu() { "cpu" } else { "cuda" };
     let dtype = model.activations().as_str();
     let (model_hash, filler_hash) =
-        (kept::hash_of_model(&folder, adapter)?, kept::hash_of_tokens([Ok(filler.tokens().to_vec())])?);
+        (landmark_inference::hash_of_model(&folder, adapter)?, kept::hash_of_tokens([Ok(filler.tokens().to_vec())])?);
     let kept = Folder::new(args.out.as_deref().unwrap_or("exps/passkey".as_ref()));
     let mut results = Results::new(&folder, device, dtype, args.filler.as_deref(), args.keys, args.seed);
     print!("{}", Results::header());

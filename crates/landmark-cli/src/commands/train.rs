@@ -7,7 +7,6 @@ mod refused;
 mod sample;
 
 use crate::curves::{self, Metrics, What};
-use crate::reader;
 use anyhow::{Context, bail};
 use candle_core::Device;
 use clap::Parser;
@@ -120,7 +119,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 /// The folder of the model to begin with, if its tokens are the data's.
 fn init_from(folder: &Path, plan: &Plan) -> anyhow::Result<PathBuf> {
-    let folder = reader::model_path("init_from", folder)?;
+    let folder = landmark_inference::model_path("init_from", folder)?;
     let own = folder.join(TOKENIZER_FILE);
     if let (Some(data), true) = (&plan.data.tokenizer, own.exists()) {
         let of_model = Tokenizer::from_file(own)?;

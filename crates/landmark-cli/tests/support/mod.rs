@@ -3,6 +3,8 @@
 // Every test file takes what it needs.
 #![allow(dead_code)]
 
+pub mod http;
+
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};

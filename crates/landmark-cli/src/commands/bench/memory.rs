@@ -2,8 +2,8 @@
 
 use super::op::{Call, Shape, Sizes};
 use super::report::Row;
-use crate::machine::peak_memory;
 use anyhow::{Context, bail};
+use landmark_inference::machine::peak_memory;
 use std::num::NonZeroUsize;
 use std::process::{Command, Stdio};
 

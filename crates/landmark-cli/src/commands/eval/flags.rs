@@ -1,9 +1,8 @@
 //! The flags of `landmark eval`: those of the reference's `eval.py`, and ours.
 
 use super::grid::GridName;
-use crate::args::{NoneOr, none_or};
-use crate::reader::{CacheFlags, DeviceFlags};
 use clap::ValueEnum;
+use landmark_inference::{CacheFlags, DeviceFlags, NoneOr, none_or};
 use std::path::PathBuf;
 
 /// `--split`.

@@ -7,10 +7,10 @@ use super::report::{self, Report};
 use super::text::Text;
 use super::{Model, evaluate, plot, table};
 use crate::interrupt;
-use crate::kept::{self, Folder};
-use crate::reader::{Reading, Setting};
+use crate::kept::Folder;
 use crate::reading::grouped;
 use anyhow::{Context, bail};
+use landmark_inference::{Reading, Setting};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::process::ExitCode;
@@ -96,7 +96,7 @@ pub fn run(name: GridName, args: &Args) -> anyhow::Result<ExitCode> {
     // One model in memory at a time.
     for (method, flag, given) in models {
         let model = given.as_deref().map(|named| Model::open(named, args)).transpose().context(flag)?;
-        let hash = model.as_ref().map(|model| kept::hash_of_model(&model.folder, None)).transpose()?;
+        let hash = model.as_ref().map(|model| landmark_inference::hash_of_model(&model.folder, None)).transpose()?;
         if let (Method::Landmark, Some(model)) = (method, &model) {
             let outline = model.weights.outline();
             table.landmark = Some((outline.heads, outline.mem_freq.unwrap_or(0)));

@@ -1,8 +1,8 @@
 //! The evaluation itself: every sequence read chunk by chunk, every target scored.
 
 use super::text::Sequences;
-use crate::reader::{Memory, Reading, Setting};
 use candle_core::{Device, Tensor};
+use landmark_inference::{Memory, Reading, Setting};
 use landmark_memory::LandmarkCache;
 use landmark_models::{Attention, IGNORE, Model};
 use serde::{Deserialize, Serialize};

@@ -1,8 +1,7 @@
 //! The settings of the paper's tables (arXiv 2305.16300, Tables 1 and 2).
 
-use crate::args::NoneOr;
-use crate::reader::{CacheFlags, LmCache, SelectionMethod};
 use clap::ValueEnum;
+use landmark_inference::{CacheFlags, LmCache, NoneOr, SelectionMethod};
 use serde::{Deserialize, Serialize};
 
 /// `--grid`.

@@ -3,7 +3,7 @@
 use super::grid::{Cell, Table};
 use super::paper::{GridName, Method, Row};
 use super::report::quoted;
-use crate::reader::SelectionMethod;
+use landmark_inference::SelectionMethod;
 
 /// The table in Markdown, with the reasons of refused cells below.
 pub fn markdown(table: &Table) -> String {

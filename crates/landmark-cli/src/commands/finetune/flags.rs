@@ -1,8 +1,8 @@
 //! The flags of `landmark finetune`: the Trainer's of `transformers` with its defaults, the authors' and `peft`'s, and ours.
 
 use crate::args::{ExerciseFlags, NegativeFlags, truth};
-use crate::device::DeviceChoice;
 use clap::{ArgAction, Args, ValueEnum};
+use landmark_inference::DeviceChoice;
 use std::path::PathBuf;
 
 /// `--lr_scheduler_type`.

@@ -1,9 +1,8 @@
 //! Prompts of equal length, read side by side and answered.
 
-use crate::reader::{Memory, drawable};
-use crate::sampling::Sampler;
 use candle_core::{DType, Tensor};
 use landmark_data::Tokenizer;
+use landmark_inference::{Memory, Sampler, drawable};
 use landmark_models::Model;
 use std::time::{Duration, Instant};
 

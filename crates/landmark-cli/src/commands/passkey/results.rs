@@ -2,8 +2,8 @@
 
 use super::prompt::number;
 use crate::plot::{self, Axes, Curve};
-use crate::reader::Setting;
 use crate::reading::grouped;
+use landmark_inference::Setting;
 use serde::{Deserialize, Serialize};
 use std::fmt::Write;
 use std::path::Path;

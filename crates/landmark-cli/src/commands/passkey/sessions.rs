@@ -3,10 +3,8 @@
 
 use super::prompt::Prompt;
 use super::results::Trial;
-use crate::args::bytes;
-use crate::reader::{About, CacheFlags, ModelFlags, Reader, SessionFlags, open_session};
-use crate::sampling::Sampler;
 use anyhow::Context;
+use landmark_inference::{About, CacheFlags, ModelFlags, Reader, Sampler, SessionFlags, bytes, open_session};
 use landmark_memory::BlockType;
 use landmark_memory::session::{Session, Settings};
 use std::path::{Path, PathBuf};

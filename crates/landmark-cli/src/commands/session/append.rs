@@ -1,12 +1,12 @@
 //! `landmark session append`: reads a text into a session, chunk by chunk, each of which stays.
 
 use crate::interrupt;
-use crate::machine::peak_memory;
-use crate::reader::{Reader, SessionFlags, open_session};
 use crate::reading::{ReadingBar, grouped, rate};
 use crate::text_pieces::TextPieces;
 use anyhow::{Context, bail};
 use landmark_data::TokenFile;
+use landmark_inference::machine::peak_memory;
+use landmark_inference::{Reader, SessionFlags, open_session};
 use landmark_memory::session::Session;
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -1,10 +1,9 @@
 //! `landmark session ask`: goes on with the text of a session.
 
 use crate::interrupt;
-use crate::reader::{SessionFlags, open_session};
 use crate::reading::most_read;
-use crate::sampling::{Sampler, SamplingFlags};
 use anyhow::bail;
+use landmark_inference::{Sampler, SamplingFlags, SessionFlags, open_session};
 use serde_json::json;
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;

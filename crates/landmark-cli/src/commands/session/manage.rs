@@ -1,10 +1,10 @@
 //! What is done with sessions as a whole: `list`, `show`, `fork`, `export`, `delete` and `repair`.
 
 use crate::files;
-use crate::reader::{self, About};
 use crate::reading::grouped;
 use anyhow::{Context, bail};
 use landmark_data::Tokenizer;
+use landmark_inference::About;
 use landmark_memory::session::{self, Session, Status};
 use serde_json::{Value, json};
 use std::io::Write;
@@ -193,7 +193,7 @@ pub fn show(args: Show) -> anyhow::Result<ExitCode> {
 
 /// The tokenizer that a session's text was read with.
 fn tokenizer(about: &About) -> anyhow::Result<Tokenizer> {
-    let tokenizer = reader::tokenizer(&about.model, about.adapter.as_deref(), about.tokenizer.as_deref())?;
+    let tokenizer = landmark_inference::tokenizer(&about.model, about.adapter.as_deref(), about.tokenizer.as_deref())?;
     if tokenizer.fingerprint().to_string() != about.tokenizer_hash {
         bail!("the tokenizer of {} is not the one that the session's text was read with", about.model.display());
     }

@@ -4,9 +4,8 @@ mod append;
 mod ask;
 mod manage;
 
-use crate::args::bytes;
-use crate::reader::{About, CacheFlags, ModelFlags};
 use clap::Subcommand;
+use landmark_inference::{About, CacheFlags, ModelFlags, bytes};
 use landmark_memory::BlockType;
 use landmark_memory::session::Settings;
 use std::path::PathBuf;

@@ -1,8 +1,8 @@
 //! The flags of `landmark train`: those of the reference's `config/rotary.py` with its defaults, and ours.
 
-use crate::args::{ExerciseFlags, NegativeFlags, NoneOr, RETRIEVAL, none_or, truth};
-use crate::device::DeviceChoice;
+use crate::args::{ExerciseFlags, NegativeFlags, RETRIEVAL, truth};
 use clap::{Args, ValueEnum};
+use landmark_inference::{DeviceChoice, NoneOr, none_or};
 use std::path::PathBuf;
 
 /// A choice as the command line spells it.

@@ -1,11 +1,10 @@
 //! `--sample_freq`: what the model writes while it trains.
 
 use super::flags::Flags;
-use crate::reader::{CacheFlags, Reader};
-use crate::sampling::Sampler;
 use anyhow::{Context, bail};
 use candle_core::{DType, Device};
 use landmark_data::Tokenizer;
+use landmark_inference::{CacheFlags, Reader, Sampler};
 use landmark_models::Model;
 use landmark_models::gpt::{Gpt, GptConfig};
 use landmark_train::Data;

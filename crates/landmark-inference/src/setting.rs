@@ -1,6 +1,6 @@
 //! How a model reads texts of a measurement: the flags, resolved for that model.
 
-use super::{CacheFlags, LmCache, Memory, SelectionMethod, fitting};
+use crate::{CacheFlags, LmCache, Memory, SelectionMethod, fitting};
 use anyhow::bail;
 use landmark_data::Tokenizer;
 use landmark_models::{Attention, Model};

@@ -1,7 +1,6 @@
 //! What a reader remembers of the text before the chunk that it reads.
 
-use super::flags::{CacheFlags, LmCache};
-use crate::machine;
+use crate::{CacheFlags, LmCache, machine};
 use anyhow::Context;
 use candle_core::{Device, Tensor};
 use landmark_data::{Placer, TOKENIZER_FILE, Tokenizer};
@@ -31,6 +30,12 @@ enum Kind {
     Keys(XlCache),
     /// The last tokens themselves; the placer is at the first of them.
     Window(Vec<Vec<u32>>),
+}
+
+/// A place in a text, to go back to.
+pub struct Mark {
+    cache: landmark_memory::Mark,
+    placer: Option<Placer>,
 }
 
 impl Memory {
@@ -133,6 +138,23 @@ impl Memory {
         for cache in self.caches_mut() {
             cache.reserve(tokens / cache.mem_freq() + 1)?;
         }
+        Ok(())
+    }
+
+    /// The place where the text is, if it is one text in blocks in memory.
+    pub fn mark(&self) -> anyhow::Result<Option<Mark>> {
+        let [Part { kind: Kind::Landmarks(cache), placer, .. }] = &self.parts[..] else { return Ok(None) };
+        let mark = cache.mark()?;
+        Ok(mark.map(|cache| Mark { cache, placer: placer.clone() }))
+    }
+
+    /// Goes back to a place in the same text.
+    pub fn rewind(&mut self, mark: &Mark) -> anyhow::Result<()> {
+        let [Part { kind: Kind::Landmarks(cache), placer, .. }] = &mut self.parts[..] else {
+            anyhow::bail!("the place is not one of this text");
+        };
+        cache.rewind(&mark.cache)?;
+        *placer = mark.placer.clone();
         Ok(())
     }
 
@@ -438,6 +460,39 @@ mod tests {
             let last = |x: &Tensor| x.narrow(1, x.dims()[1] - 1, 1).unwrap().flatten_all().unwrap();
             assert!(off(&last(&hidden), &last(&expected)) < 1e-5);
         }
+    }
+
+    /// After going back a text goes on as if nothing had come after that place, to the bit.
+    #[test]
+    fn a_text_goes_back_to_a_place() {
+        for landmarks in [Placement::Regular, Placement::Sentence] {
+            let model = model(Variant::Landmark, landmarks);
+            let (tokens, other) = (text(200, 0), text(120, 5));
+            let new = || Memory::new(&CacheFlags::default(), &model, Some(&Tokenizer::bytes()), 1).unwrap();
+            let chunk = new().1;
+            let read = |memory: &mut Memory, tokens: &[u32]| {
+                let parts: Vec<Tensor> =
+                    tokens.chunks(chunk).map(|part| memory.forward(&model, &[part]).unwrap()).collect();
+                Tensor::cat(&parts, 1).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            };
+            for place in [chunk, 2 * chunk, 53, 101] {
+                let mut memory = new().0;
+                read(&mut memory, &tokens[..place]);
+                let mark = memory.mark().unwrap().unwrap();
+                let expected = read(&mut memory, &tokens[place..]);
+                for _ in 0..2 {
+                    memory.rewind(&mark).unwrap();
+                    read(&mut memory, &other);
+                    memory.rewind(&mark).unwrap();
+                    assert!(read(&mut memory, &tokens[place..]) == expected, "{landmarks:?}, back to {place}");
+                }
+                let mut fresh = new().0;
+                assert!(fresh.rewind(&mark).is_err(), "a text that never came there");
+            }
+        }
+        let model = model(Variant::BaseRotary, Placement::Regular);
+        let (memory, _) = Memory::new(&CacheFlags::default(), &model, None, 1).unwrap();
+        assert!(memory.mark().unwrap().is_none());
     }
 
     #[cfg(target_os = "linux")]

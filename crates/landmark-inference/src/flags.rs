@@ -1,7 +1,6 @@
 //! The flags of commands that read with a model, and what they come to for a given model.
 
-use crate::args::{NoneOr, none_or};
-use crate::device::DeviceChoice;
+use crate::{DeviceChoice, NoneOr, none_or};
 use anyhow::bail;
 use clap::{Args, ValueEnum};
 use landmark_memory::Selection;
@@ -53,6 +52,7 @@ pub struct ModelFlags {
     /// gpt2, bytes, or the path of a tokenizer.json, for a model without a tokenizer.json
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<String>,
+    /// Where to compute.
     #[command(flatten)]
     pub device: DeviceFlags,
 }
@@ -72,8 +72,10 @@ pub struct DeviceFlags {
 /// `--dtype` of commands that read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Dtype {
+    /// 32 bits
     #[value(name = "float32", alias = "torch.float32")]
     Float32,
+    /// 16 bits
     #[value(name = "bfloat16", alias = "torch.bfloat16")]
     BFloat16,
 }

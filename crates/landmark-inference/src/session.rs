@@ -1,10 +1,9 @@
 //! A reader whose text is in a session.
 
-use super::{
-    CacheFlags, DeviceFlags, LmCache, Memory, ModelFlags, Reader, SelectionMethod, check_vocabulary, load, memory,
+use crate::reader::{Opened, checkpoint, load, pretrained};
+use crate::{
+    CacheFlags, DeviceFlags, LmCache, Memory, ModelFlags, Reader, SelectionMethod, bytes, hash_of_model, memory,
 };
-use crate::args::bytes;
-use crate::kept;
 use anyhow::{Context, bail};
 use candle_core::{DType, Device, Tensor};
 use clap::{Args, ValueEnum};
@@ -15,6 +14,7 @@ use landmark_models::Model;
 use landmark_models::llama::ADAPTER_FILES;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 /// What a session has to remember of how it is read. Another model, or another way to read, would not go on with the same text.
@@ -36,11 +36,15 @@ pub struct About {
     pub tokenizer: Option<String>,
     /// SHA-256 of the tokenizer.
     pub tokenizer_hash: String,
-    /// The flags, with no default left open.
+    /// Blocks that a token reads. From here on: the flags, with no default left open.
     pub cache_topk: usize,
+    /// Who shares them.
     pub cache_selection_method: String,
+    /// Ordinary tokens of a block.
     pub mem_cache_freq: usize,
+    /// Tokens that are read at once.
     pub mid_length: usize,
+    /// Weight on the context-miss token under which nothing is retrieved.
     pub rem_cutoff: Option<f64>,
     /// Whether all landmarks are scored, and none through an index.
     pub exact: bool,
@@ -91,12 +95,16 @@ impl About {
         exact: bool,
         settings: Settings,
     ) -> anyhow::Result<Self> {
-        let path = super::checkpoint(&model.checkpoint)?;
-        let (adapter, tokenizer) = (model.adapter.as_deref(), model.tokenizer.as_deref());
-        let pretrained = super::pretrained(&path, adapter, tokenizer)?;
-        let model = load(&path, adapter, model.device)?;
-        check_vocabulary(model.outline().vocab_size, &pretrained.tokenizer)?;
-        let outline = model.outline();
+        let opened = Opened::open(model)?;
+        let about = Self::new(&opened, flags, exact)?;
+        about.create_of(folder, &opened.model, settings)?;
+        Ok(about)
+    }
+
+    /// What sessions of a model, read as the flags say, have to remember. The model's files are read for it.
+    pub fn new(opened: &Opened, flags: &CacheFlags, exact: bool) -> anyhow::Result<Self> {
+        let Opened { model, pretrained, path, adapter, tokenizer } = opened;
+        let (outline, adapter) = (model.outline(), adapter.as_deref());
         if flags.mem_cache_size.is_some() {
             bail!("--mem_cache_size is refused: a session keeps all its blocks; --disk limits what it may take");
         }
@@ -105,15 +113,14 @@ impl About {
         }
         let config = memory::cache_config(flags, &outline, 1)?;
         let cache = LandmarkCache::new(config.clone(), outline.rope.clone(), model.activations(), model.device())?;
-        let (_, mid_length) = Memory::of_text(flags, &model, &pretrained.tokenizer, &[], cache)?;
-        let path = std::path::absolute(&path)?;
-        let about = Self {
+        let (_, mid_length) = Memory::of_text(flags, model, &pretrained.tokenizer, &[], cache)?;
+        Ok(Self {
             program: concat!("landmark ", env!("CARGO_PKG_VERSION")).into(),
-            model_hash: kept::hash_of_model(&path, adapter)?,
-            model_files: files(&path, adapter)?,
+            model_hash: hash_of_model(path, adapter)?,
+            model_files: files(path, adapter)?,
             adapter: adapter.map(std::path::absolute).transpose()?,
-            model: path,
-            tokenizer: tokenizer.map(str::to_string),
+            model: std::path::absolute(path)?,
+            tokenizer: tokenizer.clone(),
             tokenizer_hash: pretrained.tokenizer.fingerprint().to_string(),
             cache_topk: config.top_k,
             cache_selection_method: flags
@@ -125,9 +132,20 @@ impl About {
             mid_length,
             rem_cutoff: flags.rem_cutoff.or(outline.rem_cutoff),
             exact,
-        };
-        Session::create(folder, &config, outline.head_dim, settings, serde_json::to_value(&about)?)?;
-        Ok(about)
+        })
+    }
+
+    /// Makes a session that remembers this, of the model that it is about.
+    pub fn create_of(&self, folder: &Path, model: &Model, settings: Settings) -> anyhow::Result<()> {
+        let outline = model.outline();
+        let config = memory::cache_config(&self.flags()?, &outline, 1)?;
+        Session::create(folder, &config, outline.head_dim, settings, serde_json::to_value(self)?)?;
+        Ok(())
+    }
+
+    /// Whether both are about the same model and tokenizer, wherever these are.
+    pub fn is_of_same_model(&self, other: &Self) -> bool {
+        self.model_hash == other.model_hash && self.tokenizer_hash == other.tokenizer_hash
     }
 
     /// What a session remembers.
@@ -138,7 +156,7 @@ impl About {
     /// The model, if it is still the one that read the session's text.
     fn load(&self, flags: &SessionFlags) -> anyhow::Result<(Model, Pretrained)> {
         let path = match &flags.checkpoint {
-            Some(moved) => super::checkpoint(moved)?,
+            Some(moved) => checkpoint(moved)?,
             None => self.model.clone(),
         };
         let adapter = match (&self.adapter, &flags.adapter) {
@@ -151,8 +169,7 @@ impl About {
             }
         }
         let is_moved = flags.checkpoint.is_some() || flags.adapter.is_some();
-        if (is_moved || files(&path, adapter)? != self.model_files)
-            && kept::hash_of_model(&path, adapter)? != self.model_hash
+        if (is_moved || files(&path, adapter)? != self.model_files) && hash_of_model(&path, adapter)? != self.model_hash
         {
             let adapter =
                 adapter.map_or(String::new(), |adapter| format!(" with the adapter in {}", adapter.display()));
@@ -161,7 +178,7 @@ impl About {
                 path.display()
             );
         }
-        let pretrained = super::pretrained(&path, adapter, self.tokenizer.as_deref())?;
+        let pretrained = pretrained(&path, adapter, self.tokenizer.as_deref())?;
         if pretrained.tokenizer.fingerprint().to_string() != self.tokenizer_hash {
             bail!("the tokenizer of {} is not the one that the session's text was read with", path.display());
         }
@@ -191,13 +208,10 @@ pub fn open_session(how: &SessionFlags, exact: bool) -> anyhow::Result<(Session,
     }
     let about = About::of(session.about())?;
     let (model, pretrained) = about.load(how)?;
-    let (flags, outline) = (about.flags()?, model.outline());
-    let config = memory::cache_config(&flags, &outline, 1)?;
-    let (device, dtype, ram) = (model.device(), model.activations(), usize::try_from(how.ram)?);
-    if device.is_cpu() && how.gpu_memory.is_some() {
+    if model.device().is_cpu() && how.gpu_memory.is_some() {
         bail!("--gpu_memory is refused: the session is read on the CPU; see --device");
     }
-    if !device.is_cpu() && how.measure_recall {
+    if !model.device().is_cpu() && how.measure_recall {
         bail!("--measure_recall is refused: on a GPU all landmarks are scored, and there is no index to measure");
     }
     let scoring = match (about.exact || exact, how.measure_recall) {
@@ -208,44 +222,69 @@ pub fn open_session(how: &SessionFlags, exact: bool) -> anyhow::Result<(Session,
         (false, true) => Scoring::IndexMeasured,
         (false, false) => Scoring::Index,
     };
-    let (cache, hidden) = if device.is_cpu() {
-        session.cache(config, outline.rope.clone(), ram, scoring)?
-    } else {
-        let bytes = usize::try_from(how.gpu_memory.unwrap_or(GPU_MEMORY))?;
-        session.cache_with_pool(config, outline.rope.clone(), ram, PoolTier { device: device.clone(), dtype, bytes })?
-    };
-    let tokenizer = pretrained.tokenizer;
-    if let Some(token) = session.tokens().iter().find(|&&token| token as usize >= outline.vocab_size) {
-        bail!("{}: token {token} is none of the model's", folder.display());
-    }
-    let (memory, chunk) = Memory::of_text(&flags, &model, &tokenizer, session.tokens(), cache)?;
-    let hidden = hidden.map(|hidden| {
-        if hidden.len() != outline.width {
-            bail!(
-                "{}: a hidden state of {} channels, and the model has {}",
-                folder.display(),
-                hidden.len(),
-                outline.width
-            );
-        }
-        let hidden = Tensor::from_vec(hidden, (1, 1, outline.width), &Device::Cpu)?;
-        Ok(hidden.to_device(model.device())?.to_dtype(dtype)?)
-    });
-    let reader = Reader {
-        begin: pretrained.begin,
-        end: pretrained.end,
-        sampling: pretrained.sampling,
-        memory,
-        chunk,
-        last: hidden.transpose()?,
-        last_token: session.tokens().last().copied(),
-        model,
-        tokenizer,
-    };
+    let room = Room { ram: how.ram, gpu_memory: how.gpu_memory.unwrap_or(GPU_MEMORY) };
+    let reader = Reader::of_session(&session, &about, model, &pretrained, room, scoring)?;
     Ok((session, reader))
 }
 
+/// Bytes for blocks of a session that are in use.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// In RAM.
+    pub ram: u64,
+    /// On the GPU, if the model is there.
+    pub gpu_memory: u64,
+}
+
 impl Reader {
+    /// Goes on with the text of a session, by the model that it is about.
+    pub fn of_session(
+        session: &Session,
+        about: &About,
+        model: impl Into<Arc<Model>>,
+        pretrained: &Pretrained,
+        room: Room,
+        scoring: Scoring,
+    ) -> anyhow::Result<Self> {
+        let model = model.into();
+        let (flags, outline) = (about.flags()?, model.outline());
+        let config = memory::cache_config(&flags, &outline, 1)?;
+        let (device, dtype, ram) = (model.device(), model.activations(), usize::try_from(room.ram)?);
+        let (cache, hidden) = if device.is_cpu() {
+            session.cache(config, outline.rope.clone(), ram, scoring)?
+        } else {
+            let bytes = usize::try_from(room.gpu_memory)?;
+            let pool = PoolTier { device: device.clone(), dtype, bytes };
+            session.cache_with_pool(config, outline.rope.clone(), ram, pool)?
+        };
+        if let Some(token) = session.tokens().iter().find(|&&token| token as usize >= outline.vocab_size) {
+            bail!("the session has token {token}, which is none of the model's");
+        }
+        let (memory, chunk) = Memory::of_text(&flags, &model, &pretrained.tokenizer, session.tokens(), cache)?;
+        let hidden = hidden.map(|hidden| {
+            if hidden.len() != outline.width {
+                bail!(
+                    "the session has a hidden state of {} channels, and the model has {}",
+                    hidden.len(),
+                    outline.width
+                );
+            }
+            let hidden = Tensor::from_vec(hidden, (1, 1, outline.width), &Device::Cpu)?;
+            Ok(hidden.to_device(model.device())?.to_dtype(dtype)?)
+        });
+        Ok(Self {
+            begin: pretrained.begin.clone(),
+            end: pretrained.end.clone(),
+            sampling: pretrained.sampling,
+            memory,
+            chunk,
+            last: hidden.transpose()?,
+            last_token: session.tokens().last().copied(),
+            tokenizer: pretrained.tokenizer.clone(),
+            model,
+        })
+    }
+
     /// Makes durable what was read since; see [`Session::commit`].
     pub fn commit(
         &mut self,

@@ -11,16 +11,16 @@ pub struct SamplingFlags {
     /// Divides the logits: below 1 likely tokens become likelier; 0 always takes the likeliest token. Left out, as the two below: what the
     /// model's generation_config.json says, or else 0.8
     #[arg(long, value_name = "T")]
-    temperature: Option<f64>,
+    pub temperature: Option<f64>,
     /// Sample from the likeliest tokens that together have this probability; 1: from all. Otherwise 0.95
     #[arg(long, value_name = "P")]
-    top_p: Option<f64>,
+    pub top_p: Option<f64>,
     /// Sample from this many of the likeliest tokens; 0: from all. Otherwise 40
     #[arg(long, value_name = "N")]
-    top_k: Option<usize>,
+    pub top_k: Option<usize>,
     /// Decides what is sampled: the same seed gives the same text
     #[arg(long, value_name = "N", default_value_t = 1)]
-    seed: u64,
+    pub seed: u64,
 }
 
 impl SamplingFlags {

@@ -1,15 +1,8 @@
 //! A model that reads a text of any length, and goes on with it.
 
-mod flags;
-mod memory;
-mod session;
-mod setting;
-
-use crate::machine;
-use crate::sampling::Sampler;
+use crate::{CacheFlags, DeviceFlags, Dtype, Memory, ModelFlags, Sampler, machine, memory};
 use anyhow::{Context, bail};
 use candle_core::{DType, Device, Tensor};
-pub use flags::{CacheFlags, DeviceFlags, Dtype, LmCache, ModelFlags, SelectionMethod};
 use landmark_data::{Pretrained, Sampling, TOKENIZER_FILE, Tokenizer};
 use landmark_memory::{BlockRead, LandmarkCache};
 use landmark_models::gpt::Gpt;
@@ -17,44 +10,79 @@ use landmark_models::llama::{Gguf, LandmarkConfig, Llama, LlamaConfig};
 use landmark_models::{IGNORE, Model, hub};
 use landmark_train::Tuning;
 use landmark_train::checkpoint::EXPERIMENT;
-pub use memory::{Memory, fitting};
-pub use session::{About, SessionFlags, open_session};
-pub use setting::{Reading, Setting};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// A model that was opened, and where it came from.
+pub struct Opened {
+    /// The model.
+    pub model: Arc<Model>,
+    /// Its tokenizer, and the conventions that it comes with.
+    pub pretrained: Pretrained,
+    /// Where the model is.
+    pub path: PathBuf,
+    /// Where its adapter is.
+    pub adapter: Option<PathBuf>,
+    /// What `--tokenizer` named.
+    pub tokenizer: Option<String>,
+}
+
+impl Opened {
+    /// Opens the model that the flags name.
+    pub fn open(flags: &ModelFlags) -> anyhow::Result<Self> {
+        let ModelFlags { checkpoint: named, adapter, tokenizer, device } = flags;
+        let path = checkpoint(named)?;
+        let pretrained = pretrained(&path, adapter.as_deref(), tokenizer.as_deref())?;
+        let model = Arc::new(load(&path, adapter.as_deref(), *device)?);
+        check_vocabulary(model.outline().vocab_size, &pretrained.tokenizer)?;
+        Ok(Self { model, pretrained, path, adapter: adapter.clone(), tokenizer: tokenizer.clone() })
+    }
+}
+
+/// A place in a text that was read, to go back to.
+pub struct Mark {
+    memory: memory::Mark,
+    last: Option<Tensor>,
+    last_token: Option<u32>,
+}
 
 /// A model, its tokenizer, and what it remembers of the text that it has read.
 pub struct Reader {
-    model: Model,
-    tokenizer: Tokenizer,
+    pub(crate) model: Arc<Model>,
+    pub(crate) tokenizer: Tokenizer,
     /// The tokens that begin a text.
-    begin: Vec<u32>,
+    pub(crate) begin: Vec<u32>,
     /// Those that end one.
-    end: Vec<u32>,
-    sampling: Sampling,
-    memory: Memory,
-    chunk: usize,
+    pub(crate) end: Vec<u32>,
+    pub(crate) sampling: Sampling,
+    pub(crate) memory: Memory,
+    pub(crate) chunk: usize,
     /// The last hidden state `[1, 1, C]`: of it comes the next token.
-    last: Option<Tensor>,
-    last_token: Option<u32>,
+    pub(crate) last: Option<Tensor>,
+    pub(crate) last_token: Option<u32>,
 }
 
 impl Reader {
     /// Opens the model that the flags name.
     pub fn open(model: &ModelFlags, cache: &CacheFlags) -> anyhow::Result<Self> {
-        let (folder, adapter) = (checkpoint(&model.checkpoint)?, model.adapter.as_deref());
-        let pretrained = pretrained(&folder, adapter, model.tokenizer.as_deref())?;
-        Self::of_pretrained(load(&folder, adapter, model.device)?, &pretrained, cache)
+        let Opened { model, pretrained, .. } = Opened::open(model)?;
+        Self::of_pretrained(model, &pretrained, cache)
     }
 
     /// Reads with a model at hand, by the conventions of its tokenizer.
-    pub fn of_pretrained(model: Model, pretrained: &Pretrained, cache: &CacheFlags) -> anyhow::Result<Self> {
+    pub fn of_pretrained(
+        model: impl Into<Arc<Model>>,
+        pretrained: &Pretrained,
+        cache: &CacheFlags,
+    ) -> anyhow::Result<Self> {
         let reader = Self::new(model, pretrained.tokenizer.clone(), cache)?;
         let Pretrained { begin, end, sampling, .. } = pretrained.clone();
         Ok(Self { begin, end, sampling, ..reader })
     }
 
     /// Reads with a model at hand.
-    pub fn new(model: Model, tokenizer: Tokenizer, cache: &CacheFlags) -> anyhow::Result<Self> {
+    pub fn new(model: impl Into<Arc<Model>>, tokenizer: Tokenizer, cache: &CacheFlags) -> anyhow::Result<Self> {
+        let model = model.into();
         check_vocabulary(model.outline().vocab_size, &tokenizer)?;
         let (memory, chunk) = Memory::new(cache, &model, Some(&tokenizer), 1)?;
         let end = tokenizer.end_of_text().into_iter().collect();
@@ -166,12 +194,10 @@ impl Reader {
         sampler: &mut Sampler,
         mut show: impl FnMut(u32) -> anyhow::Result<bool>,
     ) -> anyhow::Result<usize> {
-        let allowed = drawable(&self.model, &self.tokenizer);
+        let allowed = self.drawable();
         for count in 0..max_tokens {
-            let Some(last) = &self.last else { bail!("there is no text to go on with") };
-            let logits = self.model.logits(last)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-            let token = sampler.sample(&logits, &allowed)?;
-            if self.end.contains(&token) {
+            let token = sampler.sample(&self.logits()?, &allowed)?;
+            if self.is_end(token) {
                 return Ok(count);
             }
             // Read before it is shown: what it read itself counts too.
@@ -181,6 +207,49 @@ impl Reader {
             }
         }
         Ok(max_tokens)
+    }
+
+    /// The logits of the token that comes next, `[V]`.
+    pub fn logits(&self) -> anyhow::Result<Vec<f32>> {
+        let Some(last) = &self.last else { bail!("there is no text to go on with") };
+        Ok(self.model.logits(last)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?)
+    }
+
+    /// Whether a token ends a text.
+    pub fn is_end(&self, token: u32) -> bool {
+        self.end.contains(&token)
+    }
+
+    /// Which tokens may be drawn; see [`drawable`].
+    pub fn drawable(&self) -> impl Fn(u32) -> bool + use<> {
+        drawable(&self.model, &self.tokenizer)
+    }
+
+    /// Reads the text's next tokens, at most a chunk of them, and gives for each the logits `[V]` that it was predicted by: none for the first
+    /// of a text.
+    pub fn read_with_logits(&mut self, chunk: &[u32]) -> anyhow::Result<Vec<Option<Vec<f32>>>> {
+        let first = if self.last.is_some() { Some(self.logits()?) } else { None };
+        let hidden = self.advance(chunk)?;
+        let mut logits = vec![first];
+        if chunk.len() > 1 {
+            let states = hidden.narrow(1, 0, chunk.len() - 1)?.contiguous()?;
+            let rows = self.model.logits(&states)?.to_dtype(DType::F32)?.squeeze(0)?.to_vec2::<f32>()?;
+            logits.extend(rows.into_iter().map(Some));
+        }
+        Ok(logits)
+    }
+
+    /// This place in the text, to go back to; none if it is kept on disk, or not by blocks.
+    pub fn mark(&self) -> anyhow::Result<Option<Mark>> {
+        let Some(memory) = self.memory.mark()? else { return Ok(None) };
+        Ok(Some(Mark { memory, last: self.last.clone(), last_token: self.last_token }))
+    }
+
+    /// Goes back to a place in this text: what came after it is forgotten, and what was noted of reads.
+    pub fn rewind(&mut self, mark: &Mark) -> anyhow::Result<()> {
+        self.memory.rewind(&mark.memory)?;
+        (self.last, self.last_token) = (mark.last.clone(), mark.last_token);
+        Ok(())
     }
 
     /// Forgets the text.
@@ -199,7 +268,7 @@ impl Reader {
         self.memory.caches().next().map_or(Vec::new(), |cache| cache.reads(0))
     }
 
-    /// Reads one chunk.
+    /// Reads one chunk: its hidden states `[1, n, C]`.
     fn advance(&mut self, chunk: &[u32]) -> anyhow::Result<Tensor> {
         let hidden = self.memory.forward(&self.model, &[chunk])?;
         // A copy: a part would keep the whole chunk in memory.

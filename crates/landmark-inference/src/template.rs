@@ -16,7 +16,7 @@ pub enum Role {
 }
 
 /// What somebody says.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Message {
     /// Who.
     pub role: Role,

@@ -1,0 +1,309 @@
+//! The thread that has the model. Requests come to it through a channel and wait for their turn; those that are worked on take steps in turn: a
+//! chunk that is read, or a token that is written.
+
+mod append;
+mod generation;
+mod kept;
+mod sessions;
+
+use crate::metrics::Metrics;
+use crate::request::{Wanted, Written};
+use crate::{ApiError, Error, Limits, Owner, Settings};
+pub use append::Append;
+use append::Appending;
+use axum::http::StatusCode;
+use generation::Generation;
+pub use generation::{BlockShown, Event, Usage};
+use kept::KeptTexts;
+use landmark_data::{Pretrained, Tokenizer};
+use landmark_inference::{About, CacheFlags, Opened, Room};
+use serde_json::Value;
+pub use sessions::Call;
+use sessions::Sessions;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Instant;
+use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
+
+/// What the thread is told.
+pub enum Command {
+    /// To write.
+    Generate {
+        /// Who asks.
+        ticket: Ticket,
+        /// What is asked for.
+        wanted: Wanted,
+        /// After these prompts.
+        prompts: Vec<Written>,
+        /// Where the text goes. Its other end is dropped when the client leaves.
+        events: UnboundedSender<Event>,
+    },
+    /// To append to a session.
+    Append {
+        /// Who asks.
+        ticket: Ticket,
+        /// What is asked for.
+        append: Append,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<Value, ApiError>>,
+    },
+    /// To do something with a session as a whole.
+    Session {
+        /// Whose it is.
+        owner: Owner,
+        /// What.
+        call: Call,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<Value, ApiError>>,
+    },
+    /// To end.
+    End,
+}
+
+/// A request's place among the others.
+pub struct Ticket {
+    /// Who asks.
+    pub owner: Owner,
+    /// When it came.
+    pub arrived: Instant,
+    /// Held as long as the request is here.
+    pub _slot: OwnedSemaphorePermit,
+}
+
+/// What the rest of the server has to know of the model.
+pub struct Served {
+    /// Its tokenizer and its conventions.
+    pub pretrained: Pretrained,
+    /// Tells the thread what to do.
+    pub commands: Sender<Command>,
+    /// Ends when the thread does.
+    pub ended: oneshot::Receiver<()>,
+    /// The thread.
+    pub thread: std::thread::JoinHandle<()>,
+}
+
+/// Starts the thread and opens the model in it.
+///
+/// # Errors
+/// A model that cannot be opened, or that is not read through the landmark cache with all its blocks.
+pub fn start(settings: &Settings, metrics: Arc<Metrics>) -> Result<Served, Error> {
+    let (commands, receiver) = channel();
+    let (opened, is_open) = channel();
+    let (ending, ended) = oneshot::channel();
+    let Settings { model, cache, sessions, room, limits, .. } = settings;
+    let (model, flags, folder) = (model.clone(), cache.clone(), sessions.clone());
+    let (room, limits) = (*room, *limits);
+    let work = move || {
+        // Dropped, and so noticed, however the thread ends.
+        let _ending: oneshot::Sender<()> = ending;
+        // Where it is opened it computes.
+        let found = Opened::open(&model).and_then(|opened| Ok((About::new(&opened, &flags, false)?, opened)));
+        let (about, model) = match found {
+            Ok(found) => found,
+            Err(error) => return drop(opened.send(Err(error))),
+        };
+        let tokenizer = model.pretrained.tokenizer.clone();
+        let told = opened.send(Ok(model.pretrained.clone()));
+        if told.is_err() {
+            return;
+        }
+        let world = World {
+            opened: model,
+            tokenizer: &tokenizer,
+            flags,
+            kept: KeptTexts::new(limits.kept),
+            sessions: Sessions::new(folder, limits.session_disk, about),
+            room,
+            metrics,
+        };
+        Engine { world, limits, active: Vec::new(), waiting: VecDeque::new() }.run(&receiver);
+    };
+    let thread = std::thread::Builder::new().name("model".into()).spawn(work).map_err(Error::Start)?;
+    let pretrained = is_open.recv().map_err(|_| Error::ModelThread)?.map_err(Error::Model)?;
+    Ok(Served { pretrained, commands, ended, thread })
+}
+
+/// What requests are worked on with.
+pub struct World<'m> {
+    opened: Opened,
+    tokenizer: &'m Tokenizer,
+    flags: CacheFlags,
+    kept: KeptTexts,
+    sessions: Sessions,
+    room: Room,
+    metrics: Arc<Metrics>,
+}
+
+/// Whether a request goes on after a step.
+pub enum Step {
+    /// It does.
+    GoesOn,
+    /// It has its answer.
+    Ends,
+}
+
+/// A request.
+enum Task<'m> {
+    Generation(Box<Generation<'m>>),
+    Append(Box<Appending>),
+}
+
+impl<'m> Task<'m> {
+    fn ticket(&self) -> &Ticket {
+        match self {
+            Self::Generation(generation) => generation.ticket(),
+            Self::Append(append) => append.ticket(),
+        }
+    }
+
+    fn is_abandoned(&self) -> bool {
+        match self {
+            Self::Generation(generation) => generation.is_abandoned(),
+            Self::Append(append) => append.is_abandoned(),
+        }
+    }
+
+    fn step(&mut self, world: &mut World<'m>) -> Result<Step, ApiError> {
+        match self {
+            Self::Generation(generation) => generation.step(world),
+            Self::Append(append) => append.step(world),
+        }
+    }
+
+    fn fail(&mut self, error: ApiError) {
+        match self {
+            Self::Generation(generation) => generation.fail(error),
+            Self::Append(append) => append.fail(error),
+        }
+    }
+
+    fn close(self, world: &mut World<'m>) {
+        match self {
+            Self::Generation(generation) => generation.close(world),
+            Self::Append(append) => append.close(world),
+        }
+    }
+}
+
+struct Engine<'m> {
+    world: World<'m>,
+    limits: Limits,
+    active: Vec<Task<'m>>,
+    waiting: VecDeque<Task<'m>>,
+}
+
+impl Engine<'_> {
+    fn run(mut self, commands: &Receiver<Command>) {
+        loop {
+            let is_idle = self.active.is_empty() && self.waiting.is_empty();
+            let mut next = if is_idle { commands.recv().ok() } else { commands.try_recv().ok() };
+            if is_idle && next.is_none() {
+                return;
+            }
+            while let Some(command) = next {
+                if matches!(command, Command::End) {
+                    return self.end();
+                }
+                self.take(command);
+                next = commands.try_recv().ok();
+            }
+            self.drop_waiting();
+            self.admit();
+            self.take_turns();
+            self.measure();
+        }
+    }
+
+    fn take(&mut self, command: Command) {
+        match command {
+            Command::Generate { ticket, wanted, prompts, events } => {
+                let generation = Generation::new(ticket, wanted, prompts, events);
+                self.waiting.push_back(Task::Generation(Box::new(generation)));
+            }
+            Command::Append { ticket, append, reply } => {
+                self.waiting.push_back(Task::Append(Box::new(Appending::new(ticket, append, reply))));
+            }
+            Command::Session { owner, call, reply } => {
+                // Who has left is not told.
+                let _ = reply.send(self.world.sessions.call(&owner, call, &self.world.opened.model));
+            }
+            Command::End => {}
+        }
+    }
+
+    /// Requests that nobody waits for any more, or that waited for too long.
+    fn drop_waiting(&mut self) {
+        let (limits, metrics) = (self.limits, &self.world.metrics);
+        self.waiting.retain_mut(|task| {
+            if task.is_abandoned() {
+                metrics.cancelled.add(1);
+                return false;
+            }
+            let is_late = task.ticket().arrived.elapsed() > limits.time;
+            if is_late {
+                task.fail(timed_out(&limits));
+            }
+            !is_late
+        });
+    }
+
+    /// The next of those who have the fewest that are worked on, in the order of their coming.
+    fn admit(&mut self) {
+        while self.active.len() < self.limits.parallel {
+            let busy =
+                |task: &Task| self.active.iter().filter(|other| other.ticket().owner == task.ticket().owner).count();
+            let next = (0..self.waiting.len()).min_by_key(|&place| busy(&self.waiting[place]));
+            match next.and_then(|place| self.waiting.remove(place)) {
+                Some(task) => self.active.push(task),
+                None => return,
+            }
+        }
+    }
+
+    /// A step of each that is worked on.
+    fn take_turns(&mut self) {
+        for mut task in std::mem::take(&mut self.active) {
+            if task.is_abandoned() {
+                self.world.metrics.cancelled.add(1);
+                task.close(&mut self.world);
+                continue;
+            }
+            if task.ticket().arrived.elapsed() > self.limits.time {
+                task.fail(timed_out(&self.limits));
+                task.close(&mut self.world);
+                continue;
+            }
+            match task.step(&mut self.world) {
+                Ok(Step::GoesOn) => self.active.push(task),
+                Ok(Step::Ends) => task.close(&mut self.world),
+                Err(error) => {
+                    task.fail(error);
+                    task.close(&mut self.world);
+                }
+            }
+        }
+    }
+
+    fn measure(&mut self) {
+        let World { metrics, kept, sessions, .. } = &mut self.world;
+        metrics.waiting.set(self.waiting.len());
+        metrics.active.set(self.active.len());
+        metrics.kept_prompts.set(kept.len());
+        metrics.kept_bytes.set(kept.used() as usize);
+        metrics.open_sessions.set(sessions.count_open());
+    }
+
+    /// Nothing is worked on any more. What was appended stays as far as it came.
+    fn end(mut self) {
+        for mut task in self.active.drain(..).chain(self.waiting.drain(..)) {
+            task.fail(ApiError::ending());
+        }
+    }
+}
+
+fn timed_out(limits: &Limits) -> ApiError {
+    let message = format!("the request took longer than the {} seconds that this server allows", limits.time.as_secs());
+    ApiError::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message)
+}

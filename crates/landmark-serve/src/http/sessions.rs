@@ -1,0 +1,113 @@
+//! `/v1/sessions`.
+
+use super::{App, aside, in_json};
+use crate::engine::{Append, Call, Command};
+use crate::request::{SessionName, encode};
+use crate::{ApiError, Owner};
+use axum::Extension;
+use axum::extract::rejection::PathRejection;
+use axum::extract::{Path, Request, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use landmark_memory::BlockType;
+use std::sync::Arc;
+use tokio::sync::oneshot;
+
+type Name = Result<Path<String>, PathRejection>;
+
+/// The session in the path.
+fn named(name: Name) -> Result<SessionName, ApiError> {
+    let Path(name) = name.map_err(|_| ApiError::value("session", "its name is not UTF-8"))?;
+    SessionName::parse(&name, "session")
+}
+
+/// Has the thread of the model do it.
+async fn call(app: &App, owner: Owner, call: Call) -> Result<Response, ApiError> {
+    let (reply, answer) = oneshot::channel();
+    app.tell(Command::Session { owner, call, reply })?;
+    Ok(in_json(&answer.await.map_err(|_| ApiError::ending())??))
+}
+
+/// Tells of all.
+pub async fn list(State(app): State<Arc<App>>, Extension(owner): Extension<Owner>) -> Result<Response, ApiError> {
+    call(&app, owner, Call::List).await
+}
+
+/// Tells of one.
+pub async fn show(
+    State(app): State<Arc<App>>,
+    Extension(owner): Extension<Owner>,
+    name: Name,
+) -> Result<Response, ApiError> {
+    call(&app, owner, Call::Show(named(name)?)).await
+}
+
+/// Removes one.
+pub async fn delete(
+    State(app): State<Arc<App>>,
+    Extension(owner): Extension<Owner>,
+    name: Name,
+) -> Result<Response, ApiError> {
+    call(&app, owner, Call::Delete(named(name)?)).await
+}
+
+/// Makes one.
+pub async fn create(
+    State(app): State<Arc<App>>,
+    Extension(owner): Extension<Owner>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let _slot = app.slot()?;
+    let (mut fields, parser) = app.fields(request).await?;
+    let name = SessionName::parse(&fields.required_text("name")?, "name")?;
+    let block_type = match fields.text("block_dtype")? {
+        None => BlockType::default(),
+        Some(name) => name.parse().map_err(|_| ApiError::value("block_dtype", "expected float32, bfloat16 or int8"))?,
+    };
+    fields.end("name and block_dtype")?;
+    drop(parser);
+    let created = call(&app, owner, Call::Create(name, block_type)).await?;
+    Ok((StatusCode::CREATED, created).into_response())
+}
+
+/// Makes another that goes on from here.
+pub async fn fork(
+    State(app): State<Arc<App>>,
+    Extension(owner): Extension<Owner>,
+    name: Name,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let from = named(name)?;
+    let _slot = app.slot()?;
+    let (mut fields, parser) = app.fields(request).await?;
+    let to = SessionName::parse(&fields.required_text("name")?, "name")?;
+    fields.end("name")?;
+    drop(parser);
+    let created = call(&app, owner, Call::Fork(from, to)).await?;
+    Ok((StatusCode::CREATED, created).into_response())
+}
+
+/// Reads a text into one. The answer comes when the disk has it.
+pub async fn append(
+    State(app): State<Arc<App>>,
+    Extension(owner): Extension<Owner>,
+    name: Name,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let session = named(name)?;
+    let ticket = app.ticket(owner)?;
+    let (mut fields, parser) = app.fields(request).await?;
+    let text = fields.required_text("text")?;
+    let is_new_text = fields.boolean("new_text")?;
+    fields.end("text and new_text")?;
+    let writer = app.clone();
+    let tokens = aside(move || encode(&writer.pretrained.tokenizer, &text)).await??;
+    drop(parser);
+    if tokens.is_empty() {
+        return Err(ApiError::value("text", "it is empty"));
+    }
+    app.check_length(tokens.len(), "text")?;
+    let (reply, answer) = oneshot::channel();
+    app.tell(Command::Append { ticket, append: Append { session, tokens, is_new_text }, reply })?;
+    Ok(in_json(&answer.await.map_err(|_| ApiError::ending())??))
+}
