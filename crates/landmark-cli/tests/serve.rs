@@ -121,6 +121,22 @@ fn completions_are_those_of_generate_however_they_come() {
 }
 
 #[test]
+fn what_there_is_no_room_for_is_not_kept_and_drives_nothing_out() {
+    let server = serve("thirteen", "--kept_prompts 1MB");
+    let cached = |prompt: &str| {
+        let reply = server.post("/v1/completions", json!({ "prompt": prompt, "max_tokens": 1 }), 200);
+        reply["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap() as usize
+    };
+    let (short, other, long) = (&book()[..1000], &book()[2000..3000], &book()[1000..7000]);
+    assert_eq!([cached(short), cached(long), cached(long), cached(short)], [0, 0, 0, 1000 / CHUNK * CHUNK]);
+    // With another of its size there is no room for the one that was used before it.
+    assert_eq!([cached(other), cached(other)], [0, 1000 / CHUNK * CHUNK]);
+    assert_eq!(server.metric("landmark_kept_prompts"), 1.);
+    assert!(server.metric("landmark_kept_bytes") <= 1e6);
+    assert_eq!(cached(short), 0);
+}
+
+#[test]
 fn seeds_choices_and_stop_strings() {
     let server = serve("two", "");
     let ask = |more: Value| {

@@ -49,8 +49,8 @@ pub struct Args {
     /// The same of GPU memory, with --device cuda
     #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "2GiB", help_heading = "Server")]
     gpu_memory: u64,
-    /// RAM (or GPU memory) for prompts that were read, to be gone on with; 0: none are kept
-    #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "1GiB", help_heading = "Server")]
+    /// RAM (or GPU memory) for prompts that were read, to be gone on with; one that takes more is not kept, and with 0 none is
+    #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "4GiB", help_heading = "Server")]
     kept_prompts: u64,
     /// The longest body of a request
     #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "8MiB", help_heading = "Limits")]

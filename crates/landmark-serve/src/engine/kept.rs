@@ -57,9 +57,12 @@ impl KeptTexts {
         Ok(Some(text))
     }
 
-    /// Keeps a text as far as its last place; those that were used longest ago go for it.
+    /// Keeps a text as far as its last place, if there is room for it; those that were used longest ago go for it.
     pub fn keep(&mut self, owner: &Owner, mut text: Text) -> anyhow::Result<()> {
         let Some((read, mark)) = text.marks.last() else { return Ok(()) };
+        if text.reader.cache_bytes() as u64 > self.bytes {
+            return Ok(());
+        }
         text.reader.rewind(mark)?;
         text.tokens.truncate(*read);
         self.texts.push(Kept { owner: owner.clone(), text });
