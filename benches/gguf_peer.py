@@ -2,7 +2,7 @@
 
     python benches/gguf_peer.py MODEL.gguf TEXT.txt [--peer target/release/examples/llama_peer] [--threads 2]
 
-Needs `pip install llama-cpp-python numpy` and `cargo build --release -p landmark-cli --example llama_peer`. TEXT is a book of some 100,000 characters.
+Needs `pip install llama-cpp-python numpy` and `cargo build --release -p landmark-cli --example llama_peer`. TEXT is a book of at least 200,000 characters.
 Ends with an error if a bar is missed: 20 prompts of 100 to 1,500 tokens continue by the same greedy tokens, but from near ties on; perplexity
 over 20,000 tokens within 0.5 %.
 """
