@@ -440,6 +440,9 @@ fn what_is_wrong_is_refused_by_name() {
     assert_eq!(server.ask("GET", "/none", "", None).status, 404);
     assert_eq!(server.ask("GET", "/v1/completions", "", None).json()["error"]["code"], "method_not_allowed");
     assert_eq!(server.ask("GET", "/v1/models/other", "", None).status, 404);
+    // A page that found a name for this machine.
+    let reply = server.ask("POST", "/v1/completions", "host: example.com\r\n", Some("{\"prompt\": \"a\"}"));
+    assert_eq!((reply.status, reply.json()["error"]["code"].as_str()), (403, Some("foreign_host")));
     server.post("/v1/sessions", json!({ "name": ".hidden" }), 400);
     server.post("/v1/sessions", json!({ "name": "a", "block_dtype": "int4" }), 400);
     // None of it has done any harm.

@@ -49,9 +49,21 @@ async fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), E
     };
     let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
     let slots = Arc::new(Semaphore::new(limits.parallel + limits.queue));
+    let is_local = keys.is_none() && address.ip().is_loopback();
     let parsers = Semaphore::new(PARSERS);
-    let app =
-        App { parsers, commands: commands.clone(), pretrained, template, name, since, keys, limits, slots, metrics };
+    let app = App {
+        is_local,
+        parsers,
+        commands: commands.clone(),
+        pretrained,
+        template,
+        name,
+        since,
+        keys,
+        limits,
+        slots,
+        metrics,
+    };
     let mut signals = Signals::watch().map_err(Error::Start)?;
     let (stop, stopped) = oneshot::channel::<()>();
     let server = axum::serve(listener, router(app)).with_graceful_shutdown(async move {

@@ -38,9 +38,9 @@ impl Server {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
         let length = body.map_or(String::new(), |body| format!("content-length: {}\r\n", body.len()));
+        let host = if headers.contains("host: ") { "" } else { "host: localhost\r\n" };
         let kind = if headers.contains("content-type") { "" } else { "content-type: application/json\r\n" };
-        let head =
-            format!("{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n{kind}{length}{headers}\r\n");
+        let head = format!("{method} {path} HTTP/1.1\r\nconnection: close\r\n{host}{kind}{length}{headers}\r\n");
         stream.write_all(head.as_bytes()).unwrap();
         // A server that refuses a body need not read it.
         let _ = stream.write_all(body.unwrap_or_default().as_bytes());

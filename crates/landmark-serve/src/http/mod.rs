@@ -20,6 +20,7 @@ use futures_util::StreamExt;
 use landmark_data::Pretrained;
 use landmark_inference::Template;
 use serde_json::{Value, json};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
@@ -42,6 +43,8 @@ pub struct App {
     pub since: u64,
     /// Who may ask.
     pub keys: Keys,
+    /// Whether this machine's own clients are let in, and all of them.
+    pub is_local: bool,
     /// What one client cannot take from the others.
     pub limits: Limits,
     /// Places of requests that are worked on or wait.
@@ -77,6 +80,12 @@ pub fn router(app: App) -> Router {
 
 /// Lets in who has a key, and counts what comes of it.
 async fn let_in(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    let host = request.headers().get(header::HOST).map(|host| host.as_bytes());
+    if app.is_local && !host.is_none_or(is_of_this_machine) {
+        let message =
+            "expected this machine by its address, or as localhost: another name may be a page's of another site";
+        return ApiError::new(StatusCode::FORBIDDEN, "foreign_host", message).into_response();
+    }
     let key = request.headers().get(header::AUTHORIZATION).map(|value| value.as_bytes());
     let response = match app.keys.owner(key) {
         Some(owner) => {
@@ -91,6 +100,14 @@ async fn let_in(State(app): State<Arc<App>>, mut request: Request, next: Next) -
     };
     app.metrics.statuses[usize::from(response.status().as_u16() / 100).min(5)].add(1);
     response
+}
+
+/// Whether a `Host` header has an address, or `localhost`. A page whose name leads to this machine's address sends its name.
+fn is_of_this_machine(host: &[u8]) -> bool {
+    let host = std::str::from_utf8(host).unwrap_or_default();
+    let name = host.rsplit_once(':').map_or(host, |(name, port)| if port.contains(']') { host } else { name });
+    let address = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+    address.eq_ignore_ascii_case("localhost") || address.parse::<IpAddr>().is_ok()
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
@@ -202,4 +219,22 @@ async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> 
 
 fn in_json(value: &Value) -> Response {
     ([(header::CONTENT_TYPE, "application/json")], value.to_string()).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_not_of_this_machine() {
+        for good in ["127.0.0.1", "127.0.0.1:8080", "localhost", "LocalHost:80", "[::1]", "[::1]:8080"] {
+            assert!(is_of_this_machine(good.as_bytes()), "{good}");
+        }
+        for bad in
+            ["", "example.com", "example.com:8080", "localhost.example.com", "127.0.0.1.example.com:80", "\u{e9}"]
+        {
+            assert!(!is_of_this_machine(bad.as_bytes()), "{bad}");
+        }
+        assert!(!is_of_this_machine(b"\xff"));
+    }
 }
