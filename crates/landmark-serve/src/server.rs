@@ -1,14 +1,14 @@
 //! The server from its start to its end.
 
 use crate::engine::{self, Command, Served};
-use crate::http::{App, router};
+use crate::http::{App, now, router};
 use crate::metrics::Metrics;
 use crate::{Error, Settings};
 use landmark_inference::Template;
 use std::future::IntoFuture;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, oneshot};
 
@@ -47,7 +47,7 @@ async fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), E
         }
         None => None,
     };
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+    let since = now();
     let slots = Arc::new(Semaphore::new(limits.parallel + limits.queue));
     let is_local = keys.is_none() && address.ip().is_loopback();
     let parsers = Semaphore::new(PARSERS);

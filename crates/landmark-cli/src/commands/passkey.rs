@@ -294,10 +294,15 @@ fn compute(
         memory = Some((here, texts.len()));
     }
     bar.finish();
+    Ok(cell(key, reading.setting, None, trials, args.trials))
+}
+
+/// A cell of the first `most` prompts.
+fn cell(key: &Key, setting: Setting, session: Option<&'static str>, mut trials: Vec<Trial>, most: u64) -> Cell {
     // More may be kept than are asked for.
-    trials.retain(|trial| trial.trial < args.trials);
+    trials.retain(|trial| trial.trial < most);
     trials.sort_by_key(|trial| trial.trial);
-    Ok(Cell { length, setting: reading.setting, session: None, trials })
+    Cell { length: key.length, setting, session, trials }
 }
 
 /// The same through sessions, a cell for each way in which they are asked.
@@ -341,12 +346,8 @@ fn compute_sessions(
         }
     }
     bar.finish();
-    let cell = |(mut trials, way): (Vec<Trial>, &'static str)| {
-        trials.retain(|trial| trial.trial < args.trials);
-        trials.sort_by_key(|trial| trial.trial);
-        Cell { length: key.length, setting: reading.setting.clone(), session: Some(way), trials }
-    };
-    Ok(known.into_iter().zip(sessions::WAYS).map(cell).collect())
+    let cell_of = |(trials, way)| cell(key, reading.setting.clone(), Some(way), trials, args.trials);
+    Ok(known.into_iter().zip(sessions::WAYS).map(cell_of).collect())
 }
 
 /// How many prompts may be read at once.

@@ -6,7 +6,6 @@ use crate::ApiError;
 use crate::request::SessionName;
 use axum::http::StatusCode;
 use landmark_inference::Reader;
-use landmark_memory::Scoring;
 use serde_json::Value;
 use std::rc::Rc;
 use std::time::Instant;
@@ -116,9 +115,7 @@ impl Appending {
             return Err(ApiError::new(StatusCode::CONFLICT, "unfinished_append", message));
         }
         let at = known.len();
-        let (model, pretrained) = (world.opened.model.clone(), &world.opened.pretrained);
-        let scoring = if open.about.exact { Scoring::Exact } else { Scoring::Index };
-        let reader = Reader::of_session(&session, &open.about, model, pretrained, world.room, scoring)?;
+        let reader = world.reader_of(&open, &session)?;
         drop(session);
         open.appending.set(true);
         Ok(Begun { open, reader, from, at })
@@ -128,9 +125,7 @@ impl Appending {
     pub fn close(self, world: &World) {
         if let Some(Begun { open, reader, .. }) = self.begun {
             open.appending.set(false);
-            let (loaded, found) = reader.loads();
-            world.metrics.units_loaded.add(loaded);
-            world.metrics.units_found.add(found);
+            world.count_units(&reader);
         }
     }
 }

@@ -10,7 +10,6 @@ use crate::stop::Stops;
 use axum::http::StatusCode;
 use landmark_data::Decoder;
 use landmark_inference::{Mark, Reader, Sampler, SamplingFlags};
-use landmark_memory::Scoring;
 use std::ops::Range;
 use std::rc::Rc;
 use std::time::Instant;
@@ -191,10 +190,7 @@ impl<'m> Generation<'m> {
             let open = world.sessions.open(&self.ticket.owner, name)?;
             let (reader, before) = {
                 let session = open.session.borrow();
-                let (model, pretrained) = (world.opened.model.clone(), &world.opened.pretrained);
-                let scoring = if open.about.exact { Scoring::Exact } else { Scoring::Index };
-                let reader = Reader::of_session(&session, &open.about, model, pretrained, world.room, scoring)?;
-                (reader, session.tokens().to_vec())
+                (world.reader_of(&open, &session)?, session.tokens().to_vec())
             };
             let prompt_from = before.len();
             let begin = if before.is_empty() { begin } else { Vec::new() };
@@ -419,9 +415,7 @@ impl<'m> Generation<'m> {
 fn leave(world: &mut World, ticket: &Ticket, reading: Reading) {
     let Reading { text, session, .. } = reading;
     if session.is_some() {
-        let (loaded, found) = text.reader.loads();
-        world.metrics.units_loaded.add(loaded);
-        world.metrics.units_found.add(found);
+        world.count_units(&text.reader);
     } else if let Err(error) = world.kept.keep(&ticket.owner, text) {
         // The reply is as it is; the prompt is read again if it is asked for again.
         eprintln!("landmark serve: a prompt is not kept: {error:#}");

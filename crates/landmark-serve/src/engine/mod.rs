@@ -16,10 +16,12 @@ use generation::Generation;
 pub use generation::{BlockShown, Event, Usage};
 use kept::KeptTexts;
 use landmark_data::{Pretrained, Tokenizer};
-use landmark_inference::{About, CacheFlags, Opened, Room};
+use landmark_inference::{About, CacheFlags, Opened, Reader, Room};
+use landmark_memory::Scoring;
+use landmark_memory::session::Session;
 use serde_json::Value;
 pub use sessions::Call;
-use sessions::Sessions;
+use sessions::{Open, Sessions};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -134,6 +136,22 @@ pub struct World<'m> {
     sessions: Sessions,
     room: Room,
     metrics: Arc<Metrics>,
+}
+
+impl World<'_> {
+    /// A reader of a session that is open, as the session is read.
+    fn reader_of(&self, open: &Open, session: &Session) -> Result<Reader, ApiError> {
+        let (model, pretrained) = (self.opened.model.clone(), &self.opened.pretrained);
+        let scoring = if open.about.exact { Scoring::Exact } else { Scoring::Index };
+        Ok(Reader::of_session(session, &open.about, model, pretrained, self.room, scoring)?)
+    }
+
+    /// Counts the units that a session's reader loaded and found.
+    fn count_units(&self, reader: &Reader) {
+        let (loaded, found) = reader.loads();
+        self.metrics.units_loaded.add(loaded);
+        self.metrics.units_found.add(found);
+    }
 }
 
 /// Whether a request goes on after a step.

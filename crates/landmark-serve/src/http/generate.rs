@@ -1,6 +1,6 @@
 //! `/v1/completions` and `/v1/chat/completions`.
 
-use super::{App, aside, in_json};
+use super::{App, aside, in_json, now};
 use crate::engine::{Command, Event};
 use crate::reply::{Kind, Reply};
 use crate::request::{self, Written};
@@ -14,7 +14,6 @@ use landmark_inference::hex;
 use rand_core::{OsRng, TryRngCore};
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 /// Goes on with texts.
@@ -56,10 +55,9 @@ async fn generate(app: Arc<App>, owner: Owner, request: Request, kind: Kind) -> 
     let has_logprobs = wanted.logprobs.is_some();
     let prefix = if kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
     let id = random().map_err(|error| ApiError::internal(&error))?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
     let id = format!("{prefix}-{}", hex(&id.to_be_bytes()));
     let has_top = wanted.logprobs.is_some_and(|most| most > 0);
-    let reply = Reply::new(kind, id, now, app.name.clone(), has_top, streaming.usage);
+    let reply = Reply::new(kind, id, now(), app.name.clone(), has_top, streaming.usage);
 
     let (events, mut receiver) = unbounded_channel();
     app.tell(Command::Generate { ticket, wanted, prompts, events })?;
