@@ -130,6 +130,11 @@ impl Reader {
         self.memory.caches().map(LandmarkCache::bytes).sum()
     }
 
+    /// Those of them that are in a session's pool on the GPU.
+    pub fn pool_bytes(&self) -> usize {
+        self.memory.caches().map(LandmarkCache::pool_bytes).sum()
+    }
+
     /// Sets memory aside for a text of so many tokens.
     pub fn reserve(&mut self, tokens: usize) -> anyhow::Result<()> {
         self.memory.reserve(tokens)

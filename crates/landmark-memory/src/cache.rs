@@ -148,6 +148,11 @@ impl LandmarkCache {
         self.store.bytes()
     }
 
+    /// Those of them that are in a session's pool on the GPU.
+    pub fn pool_bytes(&self) -> usize {
+        self.store.pool_bytes()
+    }
+
     /// Bytes that so many blocks take, or as many as are kept, in all layers.
     pub fn bytes_of(&self, blocks: usize) -> usize {
         let kept = self.config.max_blocks.map_or(blocks, |max| max.min(blocks));

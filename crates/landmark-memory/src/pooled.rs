@@ -86,9 +86,13 @@ impl Pooled {
 
     /// Bytes on the device and in RAM.
     pub fn bytes(&self) -> usize {
+        self.device_bytes() + self.ram.bytes() + self.paged.bytes()
+    }
+
+    /// Bytes on the device.
+    pub fn device_bytes(&self) -> usize {
         let landmarks: usize = self.landmarks.iter().map(Ring::bytes).sum();
-        let pool = self.pool.as_ref().map_or(0, |(pool, _)| pool.bytes());
-        landmarks + pool + self.ram.bytes() + self.paged.bytes()
+        landmarks + self.pool.as_ref().map_or(0, |(pool, _)| pool.bytes())
     }
 
     /// Bytes on the device that the landmarks of so many blocks take.

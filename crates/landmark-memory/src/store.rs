@@ -64,6 +64,14 @@ impl BlockStore {
         }
     }
 
+    /// Those of them that are in a pool on a device.
+    pub fn pool_bytes(&self) -> usize {
+        match self {
+            Self::Rings(_) | Self::Paged(_) => 0,
+            Self::Pooled(pooled) => pooled.device_bytes(),
+        }
+    }
+
     /// Bytes of memory that so many blocks take.
     pub fn bytes_of(&self, blocks: usize) -> usize {
         match self {

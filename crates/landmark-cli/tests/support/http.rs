@@ -33,6 +33,11 @@ impl Server {
         Self { child, address: address.strip_suffix("/v1").unwrap().into() }
     }
 
+    /// The address of a path.
+    pub fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address)
+    }
+
     /// Sends the head of a request, and a body if there is one; what comes back is for the caller to read.
     pub fn send(&self, method: &str, path: &str, headers: &str, body: Option<&str>) -> TcpStream {
         let mut stream = TcpStream::connect(&self.address).unwrap();

@@ -23,7 +23,8 @@ mod repair;
 mod tail;
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -510,6 +511,28 @@ pub fn peek(folder: &Path) -> Result<Status> {
     let head = Head::read(folder)?;
     let shape = head.shape(&folder.join(head::NAME))?;
     Ok(status(&head, &shape, &journal::peek(folder)?))
+}
+
+/// Some of a session's tokens, also while another process has it. They are read as they are, without the rest of the text that their checksum is of.
+///
+/// # Errors
+/// No session, one that is damaged, or tokens that it does not have.
+pub fn peek_tokens(folder: &Path, tokens: Range<u64>) -> Result<Vec<u32>> {
+    let count = peek(folder)?.tokens;
+    if tokens.start > tokens.end || tokens.end > count {
+        let reason = format!("it has {count} tokens, and not those from {} to {}", tokens.start, tokens.end);
+        return Err(Error::Session { path: folder.to_path_buf(), reason });
+    }
+    let path = folder.join(TOKENS);
+    let read = || {
+        let mut file = File::open(&path)?;
+        file.seek(SeekFrom::Start(4 * tokens.start))?;
+        let mut bytes = vec![0u8; 4 * (tokens.end - tokens.start) as usize];
+        file.read_exact(&mut bytes)?;
+        Ok(bytes)
+    };
+    let bytes = read().map_err(Error::io("read", &path))?;
+    Ok(bytes.as_chunks::<4>().0.iter().map(|&bytes| u32::from_le_bytes(bytes)).collect())
 }
 
 fn status(head: &Head, shape: &Shape, commit: &Commit) -> Status {

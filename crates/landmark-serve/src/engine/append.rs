@@ -1,6 +1,6 @@
 //! A text on its way into a session: a chunk a step, each of which stays.
 
-use super::sessions::{Open, busy};
+use super::sessions::{Open, Progress, busy};
 use super::{Step, Ticket, World};
 use crate::ApiError;
 use crate::request::SessionName;
@@ -85,6 +85,7 @@ impl Appending {
         *at += next.len();
         world.metrics.reading.add(since.elapsed());
         world.metrics.read_tokens.add(next.len() as u64);
+        open.appending.set(Some(progress(reader, *at, &self.append)).filter(|_| !is_last));
         if !is_last {
             return Ok(Step::GoesOn);
         }
@@ -96,7 +97,7 @@ impl Appending {
     /// Opens the session, and finds out what of the text it has.
     fn begin(&mut self, world: &mut World) -> Result<Begun, ApiError> {
         let open = world.sessions.open(&self.ticket.owner, &self.append.session)?;
-        if open.appending.get() {
+        if open.appending.get().is_some() {
             return Err(busy("another text is being appended to it"));
         }
         let session = open.session.borrow();
@@ -117,15 +118,20 @@ impl Appending {
         let at = known.len();
         let reader = world.reader_of(&open, &session)?;
         drop(session);
-        open.appending.set(true);
+        open.appending.set(Some(progress(&reader, at, &self.append)));
         Ok(Begun { open, reader, from, at })
     }
 
     /// Lets go of the session.
     pub fn close(self, world: &World) {
         if let Some(Begun { open, reader, .. }) = self.begun {
-            open.appending.set(false);
+            open.appending.set(None);
             world.count_units(&reader);
         }
     }
+}
+
+fn progress(reader: &Reader, read: usize, append: &Append) -> Progress {
+    let gpu = reader.pool_bytes();
+    Progress { read, of: append.tokens.len(), ram: reader.cache_bytes() - gpu, gpu }
 }

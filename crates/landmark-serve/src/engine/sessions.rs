@@ -10,6 +10,7 @@ use landmark_models::Model;
 use serde_json::{Value, json};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::rc::{Rc, Weak};
 
@@ -19,8 +20,21 @@ pub struct Open {
     pub session: RefCell<Session>,
     /// How it is read.
     pub about: About,
-    /// Whether a text is being appended.
-    pub appending: Cell<bool>,
+    /// How far a text is that is being appended.
+    pub appending: Cell<Option<Progress>>,
+}
+
+/// How far a text is on its way into a session.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Progress {
+    /// Its tokens that were read.
+    pub read: usize,
+    /// All of its tokens.
+    pub of: usize,
+    /// Bytes of blocks and landmarks in RAM, while it is read.
+    pub ram: usize,
+    /// The same on the GPU.
+    pub gpu: usize,
 }
 
 /// What is done with a session as a whole.
@@ -31,6 +45,8 @@ pub enum Call {
     List,
     /// Tells of one.
     Show(SessionName),
+    /// Gives some of its tokens.
+    Tokens(SessionName, Range<u64>),
     /// Makes another that goes on from here.
     Fork(SessionName, SessionName),
     /// Removes one.
@@ -65,7 +81,7 @@ impl Sessions {
             let message = "the session's text was read with another model than this server's";
             return Err(ApiError::new(StatusCode::CONFLICT, "other_model", message));
         }
-        let open = Rc::new(Open { session: RefCell::new(session), about, appending: Cell::new(false) });
+        let open = Rc::new(Open { session: RefCell::new(session), about, appending: Cell::new(None) });
         self.open.insert((owner.clone(), name.clone()), Rc::downgrade(&open));
         Ok(open)
     }
@@ -87,10 +103,18 @@ impl Sessions {
             }
             Call::List => self.list(owner),
             Call::Show(name) => self.show(owner, &name),
+            Call::Tokens(name, tokens) => {
+                let path = self.existing(owner, &name)?;
+                let count = session::peek(&path)?.tokens;
+                if tokens.end > count {
+                    return Err(ApiError::value("end_token", format!("the session has {count} tokens")));
+                }
+                Ok(session::peek_tokens(&path, tokens)?.into())
+            }
             Call::Fork(from, to) => {
                 let path = self.free(owner, &to)?;
                 let open = self.open(owner, &from)?;
-                if open.appending.get() {
+                if open.appending.get().is_some() {
                     return Err(busy("a text is being appended to it"));
                 }
                 open.session.borrow_mut().fork(&path)?;
@@ -114,7 +138,8 @@ impl Sessions {
     /// What a session holds.
     pub fn show(&self, owner: &Owner, name: &SessionName) -> Result<Value, ApiError> {
         let path = self.existing(owner, name)?;
-        Ok(as_json(name.as_str(), &session::peek(&path)?))
+        let appending = self.is_open(owner, name).and_then(|open| open.appending.get());
+        Ok(as_json(name.as_str(), &session::peek(&path)?, appending))
     }
 
     fn list(&self, owner: &Owner) -> Result<Value, ApiError> {
@@ -169,9 +194,13 @@ fn in_use(error: landmark_memory::Error) -> ApiError {
     }
 }
 
-fn as_json(name: &str, status: &Status) -> Value {
+fn as_json(name: &str, status: &Status, appending: Option<Progress>) -> Value {
+    let appending = appending.map(|Progress { read, of, ram, gpu }| {
+        json!({ "read_tokens": read, "tokens": of, "ram_bytes": ram, "gpu_bytes": gpu })
+    });
     json!({
         "object": "session", "name": name, "tokens": status.tokens, "blocks": status.blocks, "bytes": status.bytes,
         "block_dtype": status.block_type, "changed": status.changed, "unfinished_append": status.append_from.is_some(),
+        "appending": appending,
     })
 }

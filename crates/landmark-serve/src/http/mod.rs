@@ -1,6 +1,7 @@
 //! HTTP: who is let in, what a body may be, and which route does what.
 
 mod generate;
+mod page;
 mod sessions;
 
 use crate::engine::{Command, Ticket};
@@ -58,7 +59,7 @@ pub struct App {
 /// All routes.
 pub fn router(app: App) -> Router {
     let app = Arc::new(app);
-    Router::new()
+    page::routes()
         .route("/health", get(|| async { in_json(&json!({ "status": "ok" })) }))
         .route("/metrics", get(metrics))
         .route("/tokenize", post(tokenize))
@@ -68,6 +69,7 @@ pub fn router(app: App) -> Router {
         .route("/v1/chat/completions", post(generate::chat))
         .route("/v1/sessions", get(sessions::list).post(sessions::create))
         .route("/v1/sessions/{name}", get(sessions::show).delete(sessions::delete))
+        .route("/v1/sessions/{name}/text", get(sessions::text))
         .route("/v1/sessions/{name}/append", post(sessions::append))
         .route("/v1/sessions/{name}/fork", post(sessions::fork))
         .fallback(|| async { ApiError::new(StatusCode::NOT_FOUND, "not_found", "there is no such route") })
@@ -92,7 +94,7 @@ async fn let_in(State(app): State<Arc<App>>, mut request: Request, next: Next) -
             request.extensions_mut().insert(owner);
             next.run(request).await
         }
-        None if request.uri().path() == "/health" => next.run(request).await,
+        None if is_open(request.uri().path()) => next.run(request).await,
         None => {
             let message = "expected one of this server's keys: Authorization: Bearer KEY";
             ApiError::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message).into_response()
@@ -100,6 +102,11 @@ async fn let_in(State(app): State<Arc<App>>, mut request: Request, next: Next) -
     };
     app.metrics.statuses[usize::from(response.status().as_u16() / 100).min(5)].add(1);
     response
+}
+
+/// Whether a route needs no key: it tells nothing of anybody.
+fn is_open(path: &str) -> bool {
+    path == "/health" || page::is_part(path)
 }
 
 /// Whether a `Host` header has an address, or `localhost`. A page whose name leads to this machine's address sends its name.
@@ -142,7 +149,10 @@ async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Result<Respo
 
 impl App {
     fn model(&self) -> Value {
-        json!({ "id": self.name, "object": "model", "created": self.since, "owned_by": "landmark" })
+        json!({
+            "id": self.name, "object": "model", "created": self.since, "owned_by": "landmark",
+            "landmark": { "chat": self.template.is_some(), "max_body": self.limits.body },
+        })
     }
 
     /// A place among the requests, if there is one left.

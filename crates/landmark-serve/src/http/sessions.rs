@@ -5,13 +5,19 @@ use crate::engine::{Append, Call, Command};
 use crate::request::{SessionName, encode};
 use crate::{ApiError, Owner};
 use axum::Extension;
-use axum::extract::rejection::PathRejection;
-use axum::extract::{Path, Request, State};
+use axum::extract::rejection::{PathRejection, QueryRejection};
+use axum::extract::{Path, Query, Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use landmark_memory::BlockType;
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use tokio::sync::oneshot;
+
+/// Tokens whose text is given at once.
+const MOST_SHOWN: u64 = 4096;
 
 type Name = Result<Path<String>, PathRejection>;
 
@@ -22,10 +28,15 @@ fn named(name: Name) -> Result<SessionName, ApiError> {
 }
 
 /// Has the thread of the model do it.
-async fn call(app: &App, owner: Owner, call: Call) -> Result<Response, ApiError> {
+async fn value(app: &App, owner: Owner, call: Call) -> Result<Value, ApiError> {
     let (reply, answer) = oneshot::channel();
     app.tell(Command::Session { owner, call, reply })?;
-    Ok(in_json(&answer.await.map_err(|_| ApiError::ending())??))
+    answer.await.map_err(|_| ApiError::ending())?
+}
+
+/// The same, as a response.
+async fn call(app: &App, owner: Owner, call: Call) -> Result<Response, ApiError> {
+    Ok(in_json(&value(app, owner, call).await?))
 }
 
 /// Tells of all.
@@ -40,6 +51,40 @@ pub async fn show(
     name: Name,
 ) -> Result<Response, ApiError> {
     call(&app, owner, Call::Show(named(name)?)).await
+}
+
+/// The text of some of its tokens.
+pub async fn text(
+    State(app): State<Arc<App>>,
+    Extension(owner): Extension<Owner>,
+    name: Name,
+    range: Result<Query<HashMap<String, String>>, QueryRejection>,
+) -> Result<Response, ApiError> {
+    let name = named(name)?;
+    let range = token_range(range.map(|Query(fields)| fields).unwrap_or_default())?;
+    let tokens = value(&app, owner, Call::Tokens(name, range)).await?;
+    let tokens = tokens.as_array().into_iter().flatten().filter_map(|token| token.as_u64()?.try_into().ok());
+    let tokens: Vec<u32> = tokens.collect();
+    let text = app.pretrained.tokenizer.decode(&tokens).map_err(anyhow::Error::from)?;
+    Ok(in_json(&json!({ "text": text })))
+}
+
+/// The tokens that `first_token` and `end_token` (which is not one of them) name, at most so many that they are decoded at once.
+fn token_range(mut fields: HashMap<String, String>) -> Result<Range<u64>, ApiError> {
+    let mut number = |name: &'static str| {
+        let number = fields.remove(name).and_then(|number| number.parse::<u64>().ok());
+        number.ok_or_else(|| ApiError::value(name, "expected the number of a token"))
+    };
+    let range = number("first_token")?..number("end_token")?;
+    if range.start > range.end || range.end - range.start > MOST_SHOWN {
+        let expected = format!("expected first_token, and up to {MOST_SHOWN} more");
+        return Err(ApiError::value("end_token", expected));
+    }
+    if !fields.is_empty() {
+        let message = "the query has a field that is not known; known are first_token and end_token";
+        return Err(ApiError::new(StatusCode::BAD_REQUEST, "unknown_parameter", message));
+    }
+    Ok(range)
 }
 
 /// Removes one.
