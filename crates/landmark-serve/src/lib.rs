@@ -26,5 +26,5 @@ mod stop;
 
 pub use error::{ApiError, Error};
 pub use keys::{Keys, Owner};
-pub use server::serve;
+pub use server::{routes, serve};
 pub use settings::{Limits, Settings};

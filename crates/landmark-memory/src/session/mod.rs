@@ -541,7 +541,10 @@ fn status(head: &Head, shape: &Shape, commit: &Commit) -> Status {
         blocks: commit.blocks,
         dropped: head.dropped.clone(),
         block_type: head.block_type.clone(),
-        bytes: shape.disk_bytes(commit.blocks as usize) + 4 * commit.tokens + commit.tail_len,
+        bytes: shape
+            .disk_bytes(commit.blocks as usize)
+            .saturating_add(commit.tokens.saturating_mul(4))
+            .saturating_add(commit.tail_len),
         disk_limit: head.disk_limit,
         changed: commit.time,
         append_from: commit.append_from,
