@@ -1,4 +1,4 @@
-//! Requests: a first line with method and path, then the body. They are answered by all of the server but its sockets, with a small model.
+//! Requests: a first line with method and path, perhaps with the body's type, then the body. They are answered by all of the server but its sockets, with a small model.
 
 use std::cell::OnceCell;
 use std::net::Ipv4Addr;
@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, to_bytes};
-use axum::http::{Method, Request, StatusCode, Uri, header};
+use axum::http::{HeaderValue, Method, Request, StatusCode, Uri, header};
 use landmark_inference::{CacheFlags, Room};
 use landmark_serve::{Keys, Limits, Settings, routes};
 use tokio::runtime::Runtime;
@@ -17,6 +17,8 @@ use crate::{models, place};
 
 const CHAT: &str = "{% for message in messages %}{% if message.role == 'system' and not loop.first %}{{ raise_exception('order') }}{% endif %}\
                     {{ message.role }}: {{ message.content | trim }}\n{% endfor %}assistant:";
+
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 struct Server {
     runtime: Runtime,
@@ -56,7 +58,8 @@ impl Server {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
         let router = routes(settings).expect("a model that was just written");
         let mut server = Self { runtime, router, sessions: sessions.join("local"), files: Vec::new() };
-        let post = |path: &str, body: &str| server.ask(Method::POST, &path.parse().expect("a path"), body.as_bytes());
+        let post =
+            |path: &str, body: &str| server.ask(Method::POST, &path.parse().expect("a path"), &JSON, body.as_bytes());
         assert_eq!(post("/v1/sessions", "{\"name\": \"s\"}"), StatusCode::CREATED);
         assert_eq!(post("/v1/sessions/s/append", "{\"text\": \"Anne was 27 when she read this.\"}"), StatusCode::OK);
         server.files = place::files(&server.sessions.join("s"));
@@ -64,9 +67,9 @@ impl Server {
     }
 
     /// Asks and reads the answer, which is none of a server that failed.
-    fn ask(&self, method: Method, path: &Uri, body: &[u8]) -> StatusCode {
+    fn ask(&self, method: Method, path: &Uri, kind: &HeaderValue, body: &[u8]) -> StatusCode {
         let request = Request::builder().method(method).uri(path.clone());
-        let request = request.header(header::CONTENT_TYPE, "application/json").body(Body::from(body.to_vec()));
+        let request = request.header(header::CONTENT_TYPE, kind).body(Body::from(body.to_vec()));
         let request = request.expect("a request of parts that were checked");
         let answer = async {
             let response = self.router.clone().oneshot(request).await.expect("routes do not fail");
@@ -87,14 +90,15 @@ pub fn run(bytes: &[u8]) -> bool {
         static SERVER: OnceCell<Server> = const { OnceCell::new() };
     }
     let Some(end) = bytes.iter().position(|&byte| byte == b'\n') else { return false };
-    let (line, body) = (&bytes[..end], &bytes[end + 1..]);
-    let Some(space) = line.iter().position(|&byte| byte == b' ') else { return false };
-    let (Ok(method), Ok(path)) = (Method::from_bytes(&line[..space]), Uri::try_from(&line[space + 1..])) else {
-        return false;
-    };
+    let body = &bytes[end + 1..];
+    let mut words = bytes[..end].splitn(3, |&byte| byte == b' ');
+    let method = words.next().and_then(|word| Method::from_bytes(word).ok());
+    let path = words.next().and_then(|word| Uri::try_from(word).ok());
+    let kind = words.next().map_or(Ok(JSON), HeaderValue::from_bytes);
+    let (Some(method), Some(path), Ok(kind)) = (method, path, kind) else { return false };
     SERVER.with(|server| {
         let server = server.get_or_init(Server::start);
-        let status = server.ask(method.clone(), &path, body);
+        let status = server.ask(method.clone(), &path, &kind, body);
         if method != Method::GET && path.path().starts_with("/v1/sessions") {
             place::fill(&server.sessions, &[]);
             place::fill(&server.sessions.join("s"), &server.files);
@@ -110,8 +114,10 @@ pub fn seeds() -> Vec<Vec<u8>> {
         "GET /v1/models/small\n",
         "GET /v1/sessions\n",
         "GET /v1/sessions/s\n",
+        "GET /v1/sessions/s/text?first_token=3&end_token=9\n",
+        "GET /page.js\n",
         "DELETE /v1/sessions/s\n",
-        "POST /tokenize\n{\"prompt\": \"Anne \\u00e9\\ud83d\\ude00\"}",
+        "POST /tokenize Application/JSON; charset=utf-8\n{\"prompt\": \"Anne \\u00e9\\ud83d\\ude00\"}",
         "POST /v1/sessions\n{\"name\": \"new\", \"block_dtype\": \"int8\"}",
         "POST /v1/sessions/s/append\n{\"text\": \"Once more.\", \"new_text\": true}",
         "POST /v1/sessions/s/fork\n{\"name\": \"other\"}",

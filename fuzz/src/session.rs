@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use landmark_inference::{About, CacheFlags, Opened, Reader, Room};
-use landmark_memory::session::{Session, Settings, delete, peek, repair};
+use landmark_memory::session::{Session, Settings, delete, peek, peek_tokens, repair};
 use landmark_memory::{BlockType, Scoring};
 
 use crate::models;
@@ -158,8 +158,13 @@ fn seal(files: &mut [(String, Vec<u8>)]) {
 
 /// Opens a session and does with it what there is to do; whether it could be read.
 fn use_session(world: &World, folder: &Path) -> anyhow::Result<()> {
-    peek(folder)?;
+    let status = peek(folder)?;
+    let shown = peek_tokens(folder, status.tokens.saturating_sub(9)..status.tokens);
     let mut session = Session::open(folder)?;
+    if session.notes().is_empty() {
+        let last = session.tokens().len().saturating_sub(9);
+        assert_eq!(shown.ok().as_deref(), session.tokens().get(last..));
+    }
     let damage = session.verify();
     let blocks = session.blocks();
     let fork = folder.with_extension("fork");

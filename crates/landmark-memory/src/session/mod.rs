@@ -524,8 +524,12 @@ pub fn peek_tokens(folder: &Path, tokens: Range<u64>) -> Result<Vec<u32>> {
         return Err(Error::Session { path: folder.to_path_buf(), reason });
     }
     let path = folder.join(TOKENS);
-    let read = || {
-        let mut file = File::open(&path)?;
+    let mut file = File::open(&path).map_err(Error::io("read", &path))?;
+    let length = file.metadata().map_err(Error::io("read", &path))?.len();
+    if tokens.end > length / 4 {
+        return Err(Error::damaged(&path, format!("it is shorter than its {count} tokens")));
+    }
+    let mut read = || {
         file.seek(SeekFrom::Start(4 * tokens.start))?;
         let mut bytes = vec![0u8; 4 * (tokens.end - tokens.start) as usize];
         file.read_exact(&mut bytes)?;
