@@ -41,6 +41,8 @@ impl Server {
             queue: 2,
             kept: 1 << 20,
             session_disk: Some(1 << 20),
+            key_disk: None,
+            connections: 1,
             grace: Duration::ZERO,
         };
         let settings = Settings {
