@@ -39,7 +39,7 @@ async fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), E
     let address = listener.local_addr().map_err(refuse)?;
     let metrics = Arc::new(Metrics::default());
     let Served { pretrained, commands, mut ended, thread } = engine::start(&settings, metrics.clone())?;
-    let Settings { name, chat_template, keys, limits, .. } = settings;
+    let Settings { name, chat_template, keys, limits, converter, .. } = settings;
     let template = match chat_template.or_else(|| pretrained.chat_template.clone()) {
         Some(source) => {
             let (begin, end) = (pretrained.bos_token.clone(), pretrained.eos_token.clone());
@@ -63,6 +63,7 @@ async fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), E
         limits,
         slots,
         metrics,
+        converter,
     };
     let mut signals = Signals::watch().map_err(Error::Start)?;
     let (stop, stopped) = oneshot::channel::<()>();
