@@ -52,6 +52,7 @@ impl Server {
             chat_template: Some(CHAT.into()),
             sessions: sessions.clone(),
             room: Room { ram: 1 << 16, gpu_memory: 0 },
+            converter: Vec::new(),
             host: Ipv4Addr::LOCALHOST.into(),
             port: 0,
             keys: Keys::none(),

@@ -54,7 +54,7 @@ impl Driver {
             "--disable-background-networking",
             "--disable-component-update",
             "--disable-sync",
-            "--window-size=1280,800",
+            "--window-size=1280,943",
             &folder,
         ];
         let mut options = json!({ "args": arguments });
@@ -101,6 +101,13 @@ async fn until(page: &Client, selector: &str, count: usize) {
 
 async fn press(page: &Client, key: Key) {
     page.active_element().await.unwrap().send_keys(&String::from(char::from(key))).await.unwrap();
+}
+
+/// Has the next answers be of so many tokens.
+async fn ask_for(page: &Client, tokens: usize) {
+    let field = one(page, "input[name=tokens]").await;
+    field.clear().await.unwrap();
+    field.send_keys(&tokens.to_string()).await.unwrap();
 }
 
 async fn ask(page: &Client, question: &str) {
@@ -151,10 +158,7 @@ async fn use_page(page: Client, server: std::sync::Arc<Server>, novel: PathBuf, 
     assert!(tokens > 15_000, "{tokens}");
 
     // The answer is right, and so is a block that is lit.
-    let field = one(&page, "input[name=tokens]").await;
-    field.clear().await.unwrap();
-    field.send_keys("8").await.unwrap();
-    press(&page, Key::Escape).await;
+    ask_for(&page, 8).await;
     one(&page, "h2").await.click().await.unwrap();
     one(&page, "body").await.send_keys("/").await.unwrap();
     let focused = page.active_element().await.unwrap();
@@ -202,12 +206,30 @@ async fn use_page(page: Client, server: std::sync::Arc<Server>, novel: PathBuf, 
     ask(&page, QUESTION).await;
     assert!(all(&page, ".written").await.pop().unwrap().text().await.unwrap().contains(KEY));
     assert_eq!(all(&page, ".trouble").await.len(), 0);
+
+    // A document that is no plain text; and one that cannot be read, of which nothing stays.
+    let folder = novel.parent().unwrap();
+    let (good, bad) = (folder.join("garden.html"), folder.join("broken.pdf"));
+    fs::write(&good, "<title>no</title><p>The <b>garden</b> key is 27182.").unwrap();
+    fs::write(&bad, "%PDF-1.4 of nothing").unwrap();
+    one(&page, ".add input").await.send_keys(good.to_str().unwrap()).await.unwrap();
+    one(&page, "[data-session=garden][aria-current=page]").await;
+    one(&page, "#question").await;
+    until(&page, ".reading", 0).await;
+    let count = server.get("/v1/sessions/garden")["tokens"].as_u64().unwrap();
+    let text = server.get(&format!("/v1/sessions/garden/text?first_token=0&end_token={count}"));
+    assert_eq!(text["text"], "The garden key is 27182.");
+    one(&page, ".add input").await.send_keys(bad.to_str().unwrap()).await.unwrap();
+    assert!(one(&page, ".trouble").await.text().await.unwrap().contains("damaged"));
+    until(&page, "[data-session=broken]", 0).await;
+    until(&page, "[data-session]", 2).await;
 }
 
 /// The same on a telephone: nothing is wider than it is.
 async fn use_phone(page: Client, server: std::sync::Arc<Server>, pictures: Option<PathBuf>) {
     page.goto(&server.url("/")).await.unwrap();
-    one(&page, "[data-session]").await.click().await.unwrap();
+    one(&page, "[data-session^=Persuasion]").await.click().await.unwrap();
+    ask_for(&page, 8).await;
     ask(&page, QUESTION).await;
     let too_wide = "return document.documentElement.scrollWidth > innerWidth";
     assert_eq!(page.execute(too_wide, vec![]).await.unwrap(), false);

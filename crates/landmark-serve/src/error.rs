@@ -39,6 +39,12 @@ pub enum Error {
     /// A thread, or the watch for signals, cannot be set up.
     #[error("cannot start the server: {0}")]
     Start(std::io::Error),
+    /// A document has no text for us.
+    #[error("the document cannot be read: {reason}")]
+    Document {
+        /// Why not.
+        reason: String,
+    },
     /// The thread that has the model is gone.
     #[error("the thread that has the model ended")]
     ModelThread,

@@ -11,6 +11,7 @@
 //! The thread takes steps of all requests that are worked on in turn. What happens to a request comes back as events, which `reply` writes as
 //! one JSON object or as a stream.
 
+mod documents;
 mod engine;
 mod error;
 mod fields;
@@ -24,6 +25,7 @@ mod server;
 mod settings;
 mod stop;
 
+pub use documents::convert;
 pub use error::{ApiError, Error};
 pub use keys::{Keys, Owner};
 pub use server::{routes, serve};

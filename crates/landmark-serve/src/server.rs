@@ -71,7 +71,7 @@ struct Thread {
 fn open(settings: Settings, is_loopback: bool) -> Result<(Router, Thread), Error> {
     let metrics = Arc::new(Metrics::default());
     let Served { pretrained, commands, ended, thread: handle } = engine::start(&settings, metrics.clone())?;
-    let Settings { name, chat_template, keys, limits, .. } = settings;
+    let Settings { name, chat_template, keys, limits, converter, .. } = settings;
     let template = match chat_template.or_else(|| pretrained.chat_template.clone()) {
         Some(source) => {
             let (begin, end) = (pretrained.bos_token.clone(), pretrained.eos_token.clone());
@@ -91,6 +91,7 @@ fn open(settings: Settings, is_loopback: bool) -> Result<(Router, Thread), Error
         limits,
         slots: Arc::new(Semaphore::new(limits.parallel + limits.queue)),
         metrics,
+        converter,
     };
     Ok((router(app), Thread { commands, ended, handle }))
 }

@@ -2,6 +2,7 @@
 
 use crate::Keys;
 use landmark_inference::{CacheFlags, ModelFlags, Room};
+use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -28,6 +29,8 @@ pub struct Settings {
     pub keys: Keys,
     /// What one client cannot take from the others.
     pub limits: Limits,
+    /// The command that, with `html` or `pdf` after it, does what [`crate::convert`] does: this program's own, usually.
+    pub converter: Vec<OsString>,
 }
 
 /// What one client cannot take from the others. What is over a limit is refused, and never cut.

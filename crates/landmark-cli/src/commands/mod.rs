@@ -4,6 +4,7 @@ pub mod bench;
 pub mod chat;
 pub mod completions;
 pub mod demo;
+pub mod document;
 pub mod eval;
 pub mod export;
 pub mod finetune;
@@ -54,6 +55,9 @@ pub enum Command {
     /// Write a fine-tuned LLaMA as its difference from what it was made of, and back
     #[command(name = "weight_diff")]
     WeightDiff(weight_diff::Args),
+    /// Write the text of a document: what `serve` starts for each that it is given
+    #[command(hide = true)]
+    Document(document::Args),
     /// Print completions for a shell
     Completions(completions::Args),
 }
@@ -77,6 +81,7 @@ impl Command {
             Self::Serve(args) => serve::run(*args),
             Self::Passkey(args) => passkey::run(*args),
             Self::WeightDiff(args) => weight_diff::run(args),
+            Self::Document(args) => document::run(args),
             Self::Completions(args) => completions::run(args),
         }
     }

@@ -152,6 +152,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         port: args.port,
         keys,
         limits,
+        converter: vec![
+            std::env::current_exe().context("cannot tell where this program is")?.into(),
+            "document".into(),
+        ],
     };
     serve(settings, |address| {
         // Whoever started it may not read this.

@@ -90,6 +90,16 @@ impl Server {
         Reply::parse(&bytes)
     }
 
+    /// Posts a file, whose headers say what it is.
+    pub fn upload(&self, path: &str, headers: &str, file: &[u8]) -> Reply {
+        let mut stream = self.send("POST", path, &format!("{headers}content-length: {}\r\n", file.len()), None);
+        let mut bytes = Vec::new();
+        // A server that refuses a file may close before it is all sent.
+        let _ = stream.write_all(file);
+        let _ = stream.read_to_end(&mut bytes);
+        Reply::parse(&bytes)
+    }
+
     /// Posts JSON, and gives what comes back with this status.
     pub fn post(&self, path: &str, body: Value, status: u16) -> Value {
         let reply = self.ask("POST", path, "", Some(&body.to_string()));

@@ -88,6 +88,9 @@ export const remove = async (name: string): Promise<void> => void (await send("D
 /** Reads a text, to its end. */
 export const append = async (name: string, text: string, signal: AbortSignal): Promise<Session> =>
   (await post(`${path(name)}/append`, { text }, signal)).json();
+/** Reads a file whole, whose text the server takes out of it. */
+export const appendFile = async (name: string, file: File, type: string, signal: AbortSignal): Promise<Session> =>
+  (await send("POST", `${path(name)}/append`, file, type, signal)).json();
 /** The text of these tokens. */
 export const text = async (name: string, first: number, end: number): Promise<string> =>
   (await get(`${path(name)}/text?first_token=${first}&end_token=${end}`)).text;

@@ -34,10 +34,10 @@ export function Chat({ session, hasChat, opened, open, say, failed }: {
   useEffect(() => () => stop.current?.abort(), []);
   useEffect(() => end.current?.scrollIntoView({ block: "end" }), [answers.length]);
 
-  const put = (answer: Answer) =>
+  const put = (answer: Answer, isDone = false) =>
     setAnswers((all) => {
       const next = [...all.filter((other) => other.id !== answer.id), { ...answer }].sort((a, b) => a.id - b.id);
-      keepAnswers(session.name, next);
+      if (isDone) keepAnswers(session.name, next);
       return next;
     });
 
@@ -71,7 +71,7 @@ export function Chat({ session, hasChat, opened, open, say, failed }: {
     }
     answer.seconds = (performance.now() - begun) / 1000;
     setIsBusy(false);
-    put(answer);
+    put(answer, true);
     end.current?.scrollIntoView({ block: "end" });
   };
 
@@ -149,7 +149,7 @@ function Shown({ answer, session, isWritten, opened, open }: {
       {answer.mode === "chat" && <p class="question">{answer.question}</p>}
       <p class="text">
         {answer.mode === "continue" && <span class="prompt">{answer.question}</span>}
-        <span class="written">{answer.text}</span>
+        <span class="written">{answer.mode === "chat" ? answer.text.trimStart() : answer.text}</span>
         {isWritten && <span class="caret" aria-hidden="true" />}
       </p>
       {answer.error && <p class="trouble">{answer.error}</p>}

@@ -11,7 +11,7 @@ export interface Job {
 
 /** How much of a file the session has for sure. */
 export interface Place {
-  /** In characters. */
+  /** In characters; of one that goes to the server as a whole, 0 or 1. */
   from: number;
   /** The session's tokens then. */
   tokens: number;

@@ -1,6 +1,6 @@
 // The map of a document: a cell for each block, or for a few in a row, from its beginning to its end. What was read for an answer is lit.
 
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import type { ReadBlock } from "./api";
 import { count, percent } from "./words";
 
@@ -57,6 +57,8 @@ export function Map({ blocks, tokens, filled = 1, lit = [], label, opened, open 
   const { pitch, columns, cells, each } = grid;
   const height = Math.ceil(cells / columns) * pitch;
   const ready = Math.round(cells * filled);
+  // Of long texts they are long, and an answer that is being written is drawn anew for each token.
+  const paths = useMemo(() => [squares(grid, ready, cells), squares(grid, 0, ready)], [pitch, columns, cells, ready]);
   const cellOf = (block: ReadBlock) => Math.min(cells - 1, Math.floor(block.block / each));
   const most = Math.max(...lit.map((block) => block.weight), 1e-9);
   // One light a cell: that of the block in it that was read most.
@@ -85,8 +87,8 @@ export function Map({ blocks, tokens, filled = 1, lit = [], label, opened, open 
       <div class={open ? "field opens" : "field"} ref={frame} style={{ height: `${height}px` }} role="group" aria-label={label} onKeyDown={move} onClick={click}>
         {width > 0 && (
           <svg width={columns * pitch} height={height} aria-hidden="true">
-            <path class="unread" d={squares(grid, ready, cells)} />
-            <path class="cell" d={squares(grid, 0, ready)} />
+            <path class="unread" d={paths[0]} />
+            <path class="cell" d={paths[1]} />
           </svg>
         )}
         {width > 0 && lights.map((block, i) => {

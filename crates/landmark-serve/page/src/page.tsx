@@ -131,7 +131,18 @@ function Page() {
         const name = nameFor(file.name, (await api.sessions()).map((session) => session.name));
         await api.create(name);
         await refresh();
-        await goOn({ name, file, place: { from: 0, tokens: 0 } });
+        try {
+          await goOn({ name, file, place: { from: 0, tokens: 0 } });
+        } catch (error) {
+          // Of what cannot be read nothing stays.
+          const isEmpty = await api.session(name).then((session) => session.tokens === 0 && !session.appending, () => false);
+          if (isEmpty) {
+            await api.remove(name).catch(() => undefined);
+            await forget(name);
+            choose("");
+          }
+          throw error;
+        }
       });
     }
   };
@@ -232,7 +243,7 @@ function Page() {
             <label class="drop">
               <span class="tiles" aria-hidden="true">{Array.from({ length: 48 }, (_, i) => <i key={i} class={[10, 29, 37].includes(i) ? "on" : ""} />)}</span>
               <strong>Drop in a long text</strong>
-              <span>or choose a file: plain text or Markdown, of any length</span>
+              <span>or choose a file: text, Markdown, HTML or PDF, of any length</span>
               {chooser}
             </label>
             <p class="faint">It is read once, block by block, and stays read: ask today or in a month. Every answer shows which blocks of it were read.</p>

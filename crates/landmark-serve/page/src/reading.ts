@@ -25,7 +25,10 @@ const PIECE = 200_000;
 const LOOK = 300;
 
 /** What a file may be. */
-export const ACCEPTED = ".txt,.text,.md,.markdown,.log,.csv,.json,text/plain,text/markdown";
+export const ACCEPTED = ".txt,.text,.md,.markdown,.log,.csv,.json,.html,.htm,.pdf,text/plain,text/markdown,text/html,application/pdf";
+
+/** The type of a file that goes to the server as it is; others are texts, and go there in pieces. */
+const wholeType = (file: File) => (/\.pdf$/i.test(file.name) ? "application/pdf" : /\.html?$/i.test(file.name) ? "text/html" : null);
 
 /** Where a piece ends: after a line, a sentence or a word, so that no word is cut. */
 function pieceEnd(text: string, from: number): number {
@@ -63,8 +66,9 @@ async function textOf(file: File): Promise<string> {
 
 /** Reads a file into its session, from where it is, and tells how far it came. */
 export async function read(job: Job, signal: AbortSignal, tell: (progress: Progress) => void): Promise<void> {
-  const text = await textOf(job.file);
-  if (!text.trim()) throw new Error(`${job.file.name} is empty`);
+  const type = wholeType(job.file);
+  const text = type ? "" : await textOf(job.file);
+  if (!type && !text.trim()) throw new Error(`${job.file.name} is empty`);
   await keepJob(job);
   let before = await api.session(job.name, signal);
   while (before.appending) {
@@ -72,25 +76,26 @@ export async function read(job: Job, signal: AbortSignal, tell: (progress: Progr
     await new Promise((go) => setTimeout(go, LOOK));
     before = await api.session(job.name, signal);
   }
-  let { from } = job.place;
-  // The last piece may have come to its end when nobody was there any more to be told.
-  if (!before.unfinished_append && before.tokens > job.place.tokens) from = pieceEnd(text, from);
-  const [begunFrom, tokensBefore] = [from, before.tokens];
+  // What was asked for last may have come to its end when nobody was there any more to be told.
+  const isDone = !before.unfinished_append && before.tokens > job.place.tokens;
+  // A file that goes as a whole is one piece, whose length nobody has to know.
+  const length = type ? 1 : text.length;
+  const endOf = (from: number) => (type ? 1 : pieceEnd(text, from));
+  const first = isDone ? endOf(job.place.from) : job.place.from;
   const begun = performance.now();
   let [ram, gpu] = [0, 0];
   const look = (session: api.Session, from: number, to: number) => {
     const { appending } = session;
-    const part = appending ? appending.read_tokens / Math.max(1, appending.tokens) : 0;
-    const share = (from + part * (to - from)) / text.length;
+    const share = (from + (appending ? appending.read_tokens / Math.max(1, appending.tokens) : 0) * (to - from)) / length;
     const seconds = (performance.now() - begun) / 1000;
-    const gained = share - begunFrom / text.length;
+    const gained = share - first / length;
     // Between two pieces nothing is in use; what the last one had tells more.
     if (appending) [ram, gpu] = [appending.ram_bytes, appending.gpu_bytes];
     tell({
       name: job.name,
       share,
       tokens: session.tokens,
-      tokensPerSecond: seconds > 0 ? (session.tokens - tokensBefore) / seconds : 0,
+      tokensPerSecond: seconds > 0 ? (session.tokens - before.tokens) / seconds : 0,
       secondsLeft: gained > 0.002 ? (seconds * (1 - share)) / gained : null,
       blocks: session.blocks,
       disk: session.bytes,
@@ -98,21 +103,20 @@ export async function read(job: Job, signal: AbortSignal, tell: (progress: Progr
       gpu,
     });
   };
-  while (from < text.length) {
-    const to = pieceEnd(text, from);
-    const [begin, end] = [from, to];
+  for (let from = first; from < length; ) {
+    const [begin, end] = [from, endOf(from)];
     const looking = setInterval(() => {
       // What it does not see now it sees at the next look.
       api.session(job.name, signal).then((session) => session.appending && look(session, begin, end), () => undefined);
     }, LOOK);
     let session: api.Session;
     try {
-      session = await api.append(job.name, text.slice(from, to), signal);
-      look(session, to, to);
+      session = type ? await api.appendFile(job.name, job.file, type, signal) : await api.append(job.name, text.slice(begin, end), signal);
+      look(session, end, end);
     } finally {
       clearInterval(looking);
     }
-    from = to;
+    from = end;
     keepPlace(job.name, { from, tokens: session.tokens });
   }
   await forgetJob(job.name);

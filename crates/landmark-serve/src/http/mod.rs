@@ -3,6 +3,7 @@
 mod generate;
 mod page;
 mod sessions;
+mod upload;
 
 use crate::engine::{Command, Ticket};
 use crate::fields::Fields;
@@ -21,6 +22,7 @@ use futures_util::StreamExt;
 use landmark_data::Pretrained;
 use landmark_inference::Template;
 use serde_json::{Value, json};
+use std::ffi::OsString;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -54,6 +56,8 @@ pub struct App {
     pub parsers: Semaphore,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// The command that has the text of a document.
+    pub converter: Vec<OsString>,
 }
 
 /// All routes.
@@ -183,15 +187,25 @@ impl App {
             let message = "expected a body of JSON: Content-Type: application/json";
             return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "not_json", message));
         }
+        let body = self.bytes(request).await?;
+        let place = self.place().await?;
+        Ok((Fields::parse(&body)?, place))
+    }
+
+    /// A place to look into a body.
+    async fn place(&self) -> Result<SemaphorePermit<'_>, ApiError> {
+        self.parsers.acquire().await.map_err(|_| ApiError::ending())
+    }
+
+    /// The whole body, if it is not too long and does not take too long.
+    async fn bytes(&self, request: Request) -> Result<Vec<u8>, ApiError> {
         let length = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok());
         if length.and_then(|length| length.parse().ok()).is_some_and(|length: u64| length > self.limits.body) {
             return Err(self.too_long());
         }
         let body = tokio::time::timeout(BODY_TIME, self.body(request.into_body())).await;
         let message = || format!("the body did not come in {} seconds", BODY_TIME.as_secs());
-        let body = body.map_err(|_| ApiError::new(StatusCode::REQUEST_TIMEOUT, "slow_body", message()))??;
-        let parser = self.parsers.acquire().await.map_err(|_| ApiError::ending())?;
-        Ok((Fields::parse(&body)?, parser))
+        body.map_err(|_| ApiError::new(StatusCode::REQUEST_TIMEOUT, "slow_body", message()))?
     }
 
     async fn body(&self, body: Body) -> Result<Vec<u8>, ApiError> {

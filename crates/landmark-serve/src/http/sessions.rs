@@ -1,5 +1,6 @@
 //! `/v1/sessions`.
 
+use super::upload::{Upload, upload};
 use super::{App, aside, in_json};
 use crate::engine::{Append, Call, Command};
 use crate::request::{SessionName, encode};
@@ -182,13 +183,10 @@ pub async fn append(
 ) -> Result<Response, ApiError> {
     let session = named(name)?;
     let ticket = app.ticket(owner)?;
-    let (mut fields, parser) = app.fields(request).await?;
-    let text = fields.required_text("text")?;
-    let is_new_text = fields.boolean("new_text")?;
-    fields.end("text and new_text")?;
+    let Upload { text, is_new_text, place } = upload(&app, request).await?;
     let writer = app.clone();
     let tokens = aside(move || encode(&writer.pretrained.tokenizer, &text)).await??;
-    drop(parser);
+    drop(place);
     if tokens.is_empty() {
         return Err(ApiError::value("text", "it is empty"));
     }
