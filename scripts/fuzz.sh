@@ -5,6 +5,7 @@
 # FUZZ_BINARY names the program if it was built before; else cargo-fuzz builds it, with the nightly compiler.
 set -euo pipefail
 seconds=${1:-600} jobs=${2:-$(nproc)}
+[[ $seconds$jobs =~ ^[0-9]+$ ]] || { sed -n '2,5s/^# *//p' "$0" >&2; exit 2; }
 mkdir -p "${3:-fuzz-out}"
 out=$(cd "${3:-fuzz-out}" && pwd)
 shift $(($# < 3 ? $# : 3))
