@@ -5,6 +5,7 @@
 # FUZZ_BINARY names the program if it was built before; else cargo-fuzz builds it, with the nightly compiler.
 set -euo pipefail
 seconds=${1:-600} jobs=${2:-$(nproc)}
+[[ $seconds$jobs =~ ^[0-9]+$ ]] || { sed -n '2,5s/^# *//p' "$0" >&2; exit 2; }
 mkdir -p "${3:-fuzz-out}"
 out=$(cd "${3:-fuzz-out}" && pwd)
 shift $(($# < 3 ? $# : 3))
@@ -16,7 +17,7 @@ if [ -z "$binary" ]; then
 fi
 binary=$(realpath "$binary")
 targets=("$@")
-[ ${#targets[@]} -gt 0 ] || targets=(request template session model gguf tokens tokenizer prepare)
+[ ${#targets[@]} -gt 0 ] || targets=(request template session model gguf tokens tokenizer checkpoint prepare)
 scratch=$(mktemp -d -p "$([ -w /dev/shm ] && echo /dev/shm || echo /tmp)" landmark-fuzz.XXXXXX)
 trap 'rm -rf "$scratch"' EXIT
 export TMPDIR=$scratch RAYON_NUM_THREADS=2 RUST_BACKTRACE=0
@@ -46,7 +47,7 @@ done
 each=$(((jobs + ${#targets[@]} - 1) / ${#targets[@]}))
 for i in $(seq "$each"); do printf "%s $i\n" "${targets[@]}"; done | xargs -P "$jobs" -L 1 bash -c 'one "$0" "$1"'
 printf '%s\n' "${targets[@]}" | xargs -P "$jobs" -I {} bash -c \
-  'LANDMARK_FUZZ_TARGET={} "$binary" -merge=1 -timeout=20 -rss_limit_mb=3000 -artifact_prefix="$out/findings/{}/" "$out/minimized/{}" "corpus/{}" "$out/corpus/{}" >"$out/{}-merge.log" 2>&1 || true'
+  'LANDMARK_FUZZ_TARGET={} "$binary" -set_cover_merge=1 -timeout=20 -rss_limit_mb=3000 -artifact_prefix="$out/findings/{}/" "$out/minimized/{}" "corpus/{}" "$out/corpus/{}" >"$out/{}-merge.log" 2>&1 || true'
 for target in "${targets[@]}"; do
   runs=$(cat "$out/$target"-[0-9]*.log | sed -n 's/^stat::number_of_executed_units: *//p' | paste -sd+ | sed 's/^$/0/')
   echo "$target: $((runs)) runs that came to their end, $(find "$out/findings/$target" -type f | wc -l) findings, minimized $(find "$out/minimized/$target" -type f | wc -l)"

@@ -4,6 +4,7 @@
 //! Whatever they are, it comes to its end: no panic, no hang, no memory that the bytes do not account for. libFuzzer looks for bytes
 //! with which it does not (`fuzz_targets/fuzz.rs`, `scripts/fuzz.sh`); `tests/replay.rs` runs those that were found, and others of their kind, from `corpus/`.
 
+mod checkpoint;
 mod http;
 mod memory;
 mod models;
@@ -23,7 +24,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 9] = [
     Target { name: "request", run: http::run, seeds: http::seeds },
     Target { name: "template", run: text::template, seeds: text::template_seeds },
     Target { name: "session", run: session::run, seeds: session::seeds },
@@ -31,6 +32,7 @@ pub const TARGETS: [Target; 8] = [
     Target { name: "gguf", run: models::gguf, seeds: models::gguf_seeds },
     Target { name: "tokens", run: text::tokens, seeds: text::tokens_seeds },
     Target { name: "tokenizer", run: text::tokenizer, seeds: text::tokenizer_seeds },
+    Target { name: "checkpoint", run: checkpoint::run, seeds: checkpoint::seeds },
     Target { name: "prepare", run: text::prepare, seeds: text::prepare_seeds },
 ];
 

@@ -33,4 +33,4 @@ macro_rules! replay {
     };
 }
 
-replay!(request template session model gguf tokens tokenizer prepare);
+replay!(request template session model gguf tokens tokenizer checkpoint prepare);
