@@ -50,5 +50,7 @@ fn source_files_are_introduced_and_short() {
             }
         }
     }
-    check(&Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
+    let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    check(&crates);
+    check(&crates.join("../fuzz"));
 }

@@ -8,36 +8,9 @@ use serde_json::{Value, json};
 use std::fs;
 use std::io::Read;
 use std::process::Command;
-use std::sync::LazyLock;
 use std::time::{Duration, Instant};
-use support::http::Server;
+use support::http::{CHUNK, MODEL, Server, book, serve};
 use support::succeed;
-
-/// A folder with a trained model in `exps/text/landmark/e` and a chat template.
-static MODEL: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
-    let folder = tempfile::tempdir().unwrap();
-    fs::write(folder.path().join("book.txt"), book()).unwrap();
-    let template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:";
-    fs::write(folder.path().join("template.jinja"), template).unwrap();
-    fs::write(folder.path().join("keys"), "first\nsecond\n").unwrap();
-    let prepare = "prepare --dataset text --data_dir book.txt --tokenizer bytes --out data/text";
-    let train = "train --dataset text --model landmark --n_embd 32 --n_head 2 --n_layer 2 --batch_size 4 --acc_steps 1 \
-        --sequence_length 64 --mem_freq 7 --device cpu --iterations 30 --exp_name e";
-    [prepare, train].iter().for_each(|arguments| drop(succeed(folder.path(), arguments)));
-    folder
-});
-
-/// Tokens that are read at once: with a window of 64 a token reads 3 blocks of 8 beside the unfinished one.
-const CHUNK: usize = 28;
-
-fn book() -> String {
-    (0..400).map(|i| format!("Chapter {i}. It was a dark and stormy night. ")).collect()
-}
-
-/// A server with sessions in a folder.
-fn serve(sessions: &str, flags: &str) -> Server {
-    Server::start(MODEL.path(), &format!("--checkpoint exps/text/landmark/e --sessions {sessions} {flags}"))
-}
 
 /// What `landmark generate` goes on with.
 fn generated(prompt: &str, tokens: usize, flags: &str) -> String {
@@ -508,6 +481,28 @@ fn requests_are_worked_on_side_by_side() {
     let mut events = String::new();
     long.read_to_string(&mut events).unwrap();
     assert!(events.contains("\"code\":\"timeout\"") && !events.contains("[DONE]"));
+}
+
+/// Texts that are written at once are read together, and are what each would be alone.
+#[test]
+fn several_texts_are_written_in_one_pass() {
+    let server = serve("thirteen", "--parallel 6 --kept_prompts 0");
+    let prompts: Vec<String> = (0..6).map(|i| format!("{}Chapter {i}. It", &book()[..i * 137])).collect();
+    let body = |prompt: &String| json!({ "prompt": prompt, "max_tokens": 300, "temperature": 0 });
+    let alone: Vec<Value> = prompts.iter().map(|prompt| server.post("/v1/completions", body(prompt), 200)).collect();
+    let counts =
+        || ["written_tokens_total", "write_seconds_count"].map(|name| server.metric(&format!("landmark_{name}")));
+    let [tokens, passes] = counts();
+    assert_eq!(tokens, passes);
+    std::thread::scope(|scope| {
+        for (prompt, alone) in prompts.iter().zip(&alone) {
+            let server = &server;
+            scope.spawn(move || assert_eq!(text(&server.post("/v1/completions", body(prompt), 200)), text(alone)));
+        }
+    });
+    let [all_tokens, all_passes] = counts();
+    assert_eq!(all_tokens, 2. * tokens);
+    assert!(all_passes - passes < 0.7 * tokens, "{tokens} tokens in {} passes", all_passes - passes);
 }
 
 #[test]

@@ -69,6 +69,11 @@ pub struct DeviceFlags {
     pub dtype: Option<Dtype>,
 }
 
+impl DeviceFlags {
+    /// The processor.
+    pub const CPU: Self = Self { device: DeviceChoice::Cpu, dtype: None };
+}
+
 /// `--dtype` of commands that read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Dtype {

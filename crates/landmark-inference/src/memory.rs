@@ -4,7 +4,7 @@ use crate::{CacheFlags, LmCache, machine};
 use anyhow::Context;
 use candle_core::{Device, Tensor};
 use landmark_data::{Placer, TOKENIZER_FILE, Tokenizer};
-use landmark_memory::{CacheConfig, ContextMiss, LandmarkCache, XlCache};
+use landmark_memory::{CacheConfig, ContextMiss, LandmarkCache, Next, XlCache};
 use landmark_models::gpt::Placement;
 use landmark_models::{Model, Outline};
 
@@ -179,6 +179,36 @@ impl Memory {
             rest = others;
         }
         if hidden.len() == 1 { Ok(hidden.remove(0)) } else { Ok(Tensor::cat(&hidden, 0)?) }
+    }
+
+    /// The hidden states `[1, n, C]` of the next tokens of several memories of one text each: in one pass of the model, if all are blocks of models
+    /// without a context-miss token, which stands before a text that is alone.
+    pub fn forward_together(model: &Model, texts: &mut [(&mut Self, &[u32])]) -> anyhow::Result<Vec<Tensor>> {
+        if texts.len() == 1 || model.outline().has_miss_token || !texts.iter().all(|(memory, _)| memory.is_in_blocks())
+        {
+            return texts.iter_mut().map(|(memory, tokens)| memory.forward(model, &[tokens])).collect();
+        }
+        let (mut placers, mut inputs) = (Vec::with_capacity(texts.len()), Vec::with_capacity(texts.len()));
+        for (memory, tokens) in &mut *texts {
+            let mut placer = memory.parts[0].placer.clone();
+            let follows = follows(&mut placer, tokens);
+            placers.push(placer);
+            inputs.push((Tensor::new(*tokens, model.device())?.unsqueeze(0)?, follows));
+        }
+        let caches = texts.iter_mut().filter_map(|(memory, _)| memory.caches_mut().next());
+        let next = |(cache, (tokens, follows))| Next { cache, tokens, follows };
+        let mut next: Vec<Next> =
+            caches.zip(inputs.iter().map(|(tokens, follows)| (tokens, &follows[..]))).map(next).collect();
+        let hidden = landmark_memory::forward_together(&mut next, |ids, attention| Ok(model.hidden(ids, attention)?))?;
+        for ((memory, _), placer) in texts.iter_mut().zip(placers) {
+            memory.parts[0].placer = placer;
+        }
+        Ok(hidden)
+    }
+
+    /// Whether it is of one text, and by blocks.
+    fn is_in_blocks(&self) -> bool {
+        matches!(&self.parts[..], [Part { texts: 1, kind: Kind::Landmarks(_), .. }])
     }
 }
 

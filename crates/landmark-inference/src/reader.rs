@@ -153,6 +153,23 @@ impl Reader {
         Ok(())
     }
 
+    /// Reads the next token of several texts by one model, in one pass of it, and gives for each the logits `[V]` of what comes then. As one text after the
+    /// other, but for the last bits: products of other sizes add in another order.
+    pub fn read_together(texts: &mut [(&mut Self, u32)]) -> anyhow::Result<Vec<Vec<f32>>> {
+        let Some(model) = texts.first().map(|(reader, _)| reader.model.clone()) else { return Ok(Vec::new()) };
+        if texts.iter().any(|(reader, _)| !Arc::ptr_eq(&reader.model, &model)) {
+            bail!("texts of several models are not read together");
+        }
+        let tokens: Vec<[u32; 1]> = texts.iter().map(|(_, token)| [*token]).collect();
+        let memories = texts.iter_mut().map(|(reader, _)| &mut reader.memory);
+        let mut memories: Vec<_> = memories.zip(tokens.iter().map(|token| &token[..])).collect();
+        let hidden = Memory::forward_together(&model, &mut memories)?;
+        for ((reader, token), hidden) in texts.iter_mut().zip(&hidden) {
+            (reader.last, reader.last_token) = (Some(hidden.force_contiguous()?), Some(*token));
+        }
+        Ok(model.logits(&Tensor::cat(&hidden, 1)?)?.to_dtype(DType::F32)?.squeeze(0)?.to_vec2::<f32>()?)
+    }
+
     /// As [`Self::read`], and gives the loss of each token that has one: not the first of a text, nor what follows an end of text.
     pub fn read_with_losses(
         &mut self,

@@ -77,9 +77,9 @@ pub struct SessionFlags {
 }
 
 impl SessionFlags {
-    /// A session where it was made, with so many bytes of RAM for blocks.
-    pub fn of(session: PathBuf, device: DeviceFlags, ram: u64) -> Self {
-        Self { session, checkpoint: None, adapter: None, device, ram, gpu_memory: None, measure_recall: false }
+    /// A session where it was made, with so many bytes of RAM, and of GPU memory, for blocks.
+    pub fn of(session: PathBuf, device: DeviceFlags, ram: u64, gpu_memory: Option<u64>) -> Self {
+        Self { session, checkpoint: None, adapter: None, device, ram, gpu_memory, measure_recall: false }
     }
 }
 

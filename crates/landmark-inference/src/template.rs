@@ -32,6 +32,9 @@ pub struct Template {
 }
 
 const NAME: &str = "chat_template";
+/// What a template may do, in steps, or in 64 bytes that it writes: this, and as much for each byte that was said. A template comes with a model, from
+/// whoever made it; those of models take a few dozen steps a message.
+const FUEL: u64 = 1 << 20;
 
 impl Template {
     /// From its source, and how the model spells the beginning and the end of a text.
@@ -49,8 +52,14 @@ impl Template {
     }
 
     /// The conversation as the model reads it, up to where its reply begins.
+    ///
+    /// # Errors
+    /// The template refuses the conversation, or comes to no end.
     pub fn render(&self, messages: &[Message]) -> anyhow::Result<String> {
-        let template = self.environment.get_template(NAME).context("the model's chat template")?;
+        let mut environment = self.environment.clone();
+        let said: usize = messages.iter().map(|message| message.content.len()).sum();
+        environment.set_fuel(Some(FUEL + said as u64));
+        let template = environment.get_template(NAME).context("the model's chat template")?;
         let message = |message: &Message| {
             let role = match message.role {
                 Role::System => "system",
@@ -99,6 +108,25 @@ mod tests {
         assert_eq!(template.render(&more).unwrap(), "<s>[INST] Hello [/INST] Hi! </s><s>[INST] Bye [/INST]");
         let error = format!("{:#}", template.render(&messages(&[(Role::System, "x")])).unwrap_err());
         assert!(error.contains("no system here"), "{error}");
+    }
+
+    /// It comes with a model, and so from anybody.
+    #[test]
+    fn a_template_that_comes_to_no_end_is_an_error() {
+        let hello = messages(&[(Role::User, "Hello")]);
+        for endless in [
+            "{% for a in range(10000) %}{% for b in range(10000) %}{% for c in range(10000) %}{% endfor %}{% endfor %}{% endfor %}",
+            "{% macro more() %}{{ more() }}{{ more() }}{% endmacro %}{{ more() }}",
+            &("{% set x = 'x' * 1000 %}".to_string() + &"{% set x = x ~ x %}".repeat(40) + "{{ x }}"),
+        ] {
+            let template = Template::new(endless.into(), None, None).unwrap();
+            assert!(template.render(&hello).is_err(), "{endless}");
+        }
+        // As long as what was said, a few times over.
+        let template =
+            Template::new("{% for m in messages %}{{ m.content ~ '.' }}{% endfor %}".into(), None, None).unwrap();
+        let long = "a".repeat(20 << 20);
+        assert_eq!(template.render(&messages(&[(Role::User, &long)])).unwrap(), long + ".");
     }
 
     #[test]

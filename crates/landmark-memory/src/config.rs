@@ -46,8 +46,9 @@ impl CacheConfig {
         {
             return wrong("mem_cache_size", max, &format!("at least cache_topk, {}", self.top_k.max(1)));
         }
-        let block = self.mem_freq + 1;
-        if (self.top_k + 1) * block >= self.window {
+        // Whoever asks for more than there can be is told so too.
+        let block = self.mem_freq.saturating_add(1);
+        if self.top_k.saturating_add(1).saturating_mul(block) >= self.window {
             let expected = format!(
                 "at most {}: a window of {} positions holds {} blocks of {block} and a chunk",
                 (self.window / block).saturating_sub(2),

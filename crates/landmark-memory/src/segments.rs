@@ -115,7 +115,9 @@ impl Shape {
     /// Bytes on disk that so many blocks take.
     pub fn disk_bytes(&self, blocks: usize) -> u64 {
         let segments = blocks.div_ceil(self.per_segment);
-        (segments * 2 * HEADER) as u64 + blocks as u64 * (self.block_bytes() + self.record_bytes()) as u64
+        let each = (self.block_bytes() + self.record_bytes()) as u64;
+        // A number of blocks may be a damaged journal's.
+        ((segments * 2 * HEADER) as u64).saturating_add((blocks as u64).saturating_mul(each))
     }
 
     fn header(&self, magic: &[u8; 8], segment: usize) -> [u8; HEADER] {
@@ -237,9 +239,8 @@ impl Segments {
                 unshare(path)?;
             }
             let file = OpenOptions::new().write(true).create(true).truncate(block == 0).open(path)?;
-            if block == 0 {
-                write_at(&file, &self.shape.header(magic, segment), 0)?;
-            }
+            // Not only at its beginning: a damaged one, whose blocks repair dropped, would take what is appended with it.
+            write_at(&file, &self.shape.header(magic, segment), 0)?;
             write_at(&file, bytes, (HEADER + block * size) as u64)
         };
         write().map_err(Error::io("write", path))
@@ -352,8 +353,11 @@ impl Segments {
         let file = File::open(&self.paths(segment)[1]).ok()?;
         let mut header = [0; HEADER];
         read_at(&file, &mut header, 0).ok()?;
-        let mut bytes = vec![0; self.shape.record_bytes()];
-        read_at(&file, &mut bytes, (HEADER + range.start * self.shape.record_bytes()) as u64).ok()?;
+        let size = self.shape.record_bytes();
+        let at = (HEADER + range.start * size) as u64;
+        has(&file, at, size).ok().filter(|&is_there| is_there)?;
+        let mut bytes = vec![0; size];
+        read_at(&file, &mut bytes, at).ok()?;
         let record = BlockRecord::decode(&bytes, block as u64, &self.shape)?;
         (header == self.shape.header(b"LMLANDMK", segment)).then_some(record)
     }
@@ -380,9 +384,17 @@ impl Segments {
         let path = &self.paths(segment)[0];
         let file = self.file(segment, path)?;
         let unit = self.shape.codec.unit();
-        let at = HEADER + range.start * self.shape.block_bytes() + units.start * unit;
-        bytes.resize(units.len() * unit, 0);
-        read_at(&file, bytes, at as u64).map_err(|error| match error.kind() {
+        let at = (HEADER + range.start * self.shape.block_bytes() + units.start * unit) as u64;
+        let length = units.len() * unit;
+        let mut read = || {
+            // What is read again and again has its memory.
+            if bytes.capacity() < length && !has(&file, at, length)? {
+                return Err(std::io::ErrorKind::UnexpectedEof.into());
+            }
+            bytes.resize(length, 0);
+            read_at(&file, bytes, at)
+        };
+        read().map_err(|error| match error.kind() {
             std::io::ErrorKind::UnexpectedEof => Error::damaged(path, format!("it ends before block {block}")),
             _ => Error::io("read", path)(error),
         })?;
@@ -437,6 +449,11 @@ fn unshare(path: &Path) -> std::io::Result<()> {
     let copy = path.with_extension("tmp");
     std::fs::copy(path, &copy)?;
     std::fs::rename(copy, path)
+}
+
+/// Whether a file has so many bytes there: memory for them is not taken before.
+fn has(file: &File, at: u64, length: usize) -> std::io::Result<bool> {
+    Ok(file.metadata()?.len() >= at.saturating_add(length as u64))
 }
 
 #[cfg(unix)]

@@ -499,6 +499,7 @@ fn wrong_settings_and_chunks_are_named() {
     let new = |config| LandmarkCache::new(config, rope(), DType::F64, &CPU).map(|_| ()).unwrap_err().to_string();
     assert!(new(config(1, 1, 0, 2)).contains("mem_freq is 0"));
     assert!(new(CacheConfig { max_blocks: Some(3), ..config(1, 1, 4, 4) }).contains("mem_cache_size is 3"));
+    assert!(new(config(1, 1, usize::MAX, usize::MAX)).contains("cache_topk"));
     let small = new(CacheConfig { window: 40, ..config(1, 1, 9, 3) });
     assert!(small.contains("cache_topk is 3, expected at most 2"), "{small}");
     let mut cache = cache(CacheConfig { window: 40, ..config(2, 1, 9, 2) });

@@ -28,5 +28,5 @@ mod stop;
 pub use documents::convert;
 pub use error::{ApiError, Error};
 pub use keys::{Keys, Owner};
-pub use server::serve;
+pub use server::{routes, serve};
 pub use settings::{Limits, Settings};

@@ -81,7 +81,7 @@ pub struct Metrics {
     pub first_token: Times,
     /// From a token of a text to its next one, the turns of other requests included.
     pub between_tokens: Times,
-    /// A token by itself.
+    /// A pass with a token of each text that is written.
     pub writing: Times,
     /// Prompts that are kept, and their bytes.
     pub kept_prompts: Gauge,
@@ -134,7 +134,7 @@ impl Metrics {
             ("read_seconds", "Time of a chunk that is read; tokens over it are the rate of prefill.", &self.reading),
             (
                 "write_seconds",
-                "Time of a token that is written; tokens over it are the rate of decoding.",
+                "Time of a pass with a token of each text that is written; tokens over it are the rate of decoding.",
                 &self.writing,
             ),
             ("first_token_seconds", "From the arrival of a request to its first token.", &self.first_token),

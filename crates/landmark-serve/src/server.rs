@@ -4,10 +4,13 @@ use crate::engine::{self, Command, Served};
 use crate::http::{App, now, router};
 use crate::metrics::Metrics;
 use crate::{Error, Settings};
+use axum::Router;
 use landmark_inference::Template;
 use std::future::IntoFuture;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, oneshot};
@@ -25,20 +28,38 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// # Errors
 /// A model that cannot be served, an address that cannot be listened on, a folder that cannot be used.
 pub fn serve(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), Error> {
-    let sessions = &settings.sessions;
-    std::fs::create_dir_all(sessions).map_err(|reason| Error::Sessions { path: sessions.clone(), reason })?;
+    make_folder(&settings)?;
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime.worker_threads(HTTP_THREADS).enable_all().build().map_err(Error::Start)?;
     runtime.block_on(run(settings, ready))
 }
 
-async fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), Error> {
-    let asked = SocketAddr::new(settings.host, settings.port);
-    let refuse = |reason| Error::Listen { address: asked, reason };
-    let listener = TcpListener::bind(asked).await.map_err(refuse)?;
-    let address = listener.local_addr().map_err(refuse)?;
+/// A server's routes, for a program that listens itself. They need tokio's time. The thread that has the model ends when they are dropped.
+///
+/// # Errors
+/// A model that cannot be served, a folder that cannot be used.
+pub fn routes(settings: Settings) -> Result<Router, Error> {
+    make_folder(&settings)?;
+    let is_local = settings.host.is_loopback();
+    Ok(open(settings, is_local)?.0)
+}
+
+fn make_folder(Settings { sessions, .. }: &Settings) -> Result<(), Error> {
+    std::fs::create_dir_all(sessions).map_err(|reason| Error::Sessions { path: sessions.clone(), reason })
+}
+
+/// The thread that has the model.
+struct Thread {
+    commands: Sender<Command>,
+    /// Ends when the thread does.
+    ended: oneshot::Receiver<()>,
+    handle: JoinHandle<()>,
+}
+
+/// Opens the model in a thread of its own. `is_loopback`: nothing but this machine is listened to.
+fn open(settings: Settings, is_loopback: bool) -> Result<(Router, Thread), Error> {
     let metrics = Arc::new(Metrics::default());
-    let Served { pretrained, commands, mut ended, thread } = engine::start(&settings, metrics.clone())?;
+    let Served { pretrained, commands, ended, thread: handle } = engine::start(&settings, metrics.clone())?;
     let Settings { name, chat_template, keys, limits, converter, .. } = settings;
     let template = match chat_template.or_else(|| pretrained.chat_template.clone()) {
         Some(source) => {
@@ -47,27 +68,33 @@ async fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), E
         }
         None => None,
     };
-    let since = now();
-    let slots = Arc::new(Semaphore::new(limits.parallel + limits.queue));
-    let is_local = keys.is_none() && address.ip().is_loopback();
-    let parsers = Semaphore::new(PARSERS);
     let app = App {
-        is_local,
-        parsers,
+        is_local: keys.is_none() && is_loopback,
+        parsers: Semaphore::new(PARSERS),
         commands: commands.clone(),
         pretrained,
         template,
         name,
-        since,
+        since: now(),
         keys,
         limits,
-        slots,
+        slots: Arc::new(Semaphore::new(limits.parallel + limits.queue)),
         metrics,
         converter,
     };
+    Ok((router(app), Thread { commands, ended, handle }))
+}
+
+async fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), Error> {
+    let asked = SocketAddr::new(settings.host, settings.port);
+    let refuse = |reason| Error::Listen { address: asked, reason };
+    let listener = TcpListener::bind(asked).await.map_err(refuse)?;
+    let address = listener.local_addr().map_err(refuse)?;
+    let grace = settings.limits.grace;
+    let (router, Thread { commands, mut ended, handle }) = open(settings, address.ip().is_loopback())?;
     let mut signals = Signals::watch().map_err(Error::Start)?;
     let (stop, stopped) = oneshot::channel::<()>();
-    let server = axum::serve(listener, router(app)).with_graceful_shutdown(async move {
+    let server = axum::serve(listener, router).with_graceful_shutdown(async move {
         // A dropped sender stops it too.
         let _ = stopped.await;
     });
@@ -81,13 +108,13 @@ async fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), E
     drop(stop);
     if outcome.is_ok() {
         tokio::select! {
-            _ = tokio::time::timeout(limits.grace, &mut server) => {}
+            _ = tokio::time::timeout(grace, &mut server) => {}
             () = signals.next() => {}
         }
     }
     // Whether the thread is still there to be told is what the next line waits for.
     let _ = commands.send(Command::End);
-    let joined = tokio::task::spawn_blocking(move || thread.join()).await;
+    let joined = tokio::task::spawn_blocking(move || handle.join()).await;
     if !server.is_finished() {
         let _ = tokio::time::timeout(LAST_WORDS, &mut server).await;
     }

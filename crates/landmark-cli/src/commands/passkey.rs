@@ -126,8 +126,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let Pretrained { tokenizer, begin, .. } =
         landmark_inference::pretrained(&folder, adapter, args.model.tokenizer.as_deref())?;
     landmark_inference::check_vocabulary(model.outline().vocab_size, &tokenizer)?;
-    if args.sessions.sessions.is_some() && !model.device().is_cpu() {
-        bail!("--sessions compares an index with all landmarks, which a GPU scores in any case; give --device cpu");
+    if args.sessions.gpu_memory.is_some() && model.device().is_cpu() {
+        bail!("--gpu_memory is refused: prompts are read on the CPU; see --device");
     }
     let ways = ways(&args, &model)?;
     let filler = match &args.filler {

@@ -1,11 +1,40 @@
 //! `landmark serve` as a process of its own, and a client that speaks just enough HTTP.
 
 use serde_json::Value;
+use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Stdio};
+use std::sync::LazyLock;
 use std::time::Duration;
+
+/// A folder with a trained model in `exps/text/landmark/e` and a chat template.
+pub static MODEL: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("book.txt"), book()).unwrap();
+    let template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:";
+    fs::write(folder.path().join("template.jinja"), template).unwrap();
+    fs::write(folder.path().join("keys"), "first\nsecond\n").unwrap();
+    let prepare = "prepare --dataset text --data_dir book.txt --tokenizer bytes --out data/text";
+    let train = "train --dataset text --model landmark --n_embd 32 --n_head 2 --n_layer 2 --batch_size 4 --acc_steps 1 \
+        --sequence_length 64 --mem_freq 7 --device cpu --iterations 30 --exp_name e";
+    [prepare, train].iter().for_each(|arguments| drop(super::succeed(folder.path(), arguments)));
+    folder
+});
+
+/// Tokens that are read at once: with a window of 64 a token reads 3 blocks of 8 beside the unfinished one.
+pub const CHUNK: usize = 28;
+
+/// A text.
+pub fn book() -> String {
+    (0..400).map(|i| format!("Chapter {i}. It was a dark and stormy night. ")).collect()
+}
+
+/// A server with sessions in a folder.
+pub fn serve(sessions: &str, flags: &str) -> Server {
+    Server::start(MODEL.path(), &format!("--checkpoint exps/text/landmark/e --sessions {sessions} {flags}"))
+}
 
 /// A server that ends with its test.
 pub struct Server {

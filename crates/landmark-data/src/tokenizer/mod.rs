@@ -13,6 +13,7 @@ mod train;
 mod words;
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
@@ -152,8 +153,7 @@ impl Tokenizer {
                 return Ok(Self::bytes());
             }
         }
-        let inner = tokenizers::Tokenizer::from_bytes(&json).map_err(unusable)?;
-        let inner = HuggingFace::new(inner).map_err(unusable)?;
+        let inner = guarded(|| HuggingFace::new(tokenizers::Tokenizer::from_bytes(&json)?)).map_err(unusable)?;
         Ok(Self::with_kind(Kind::HuggingFace(Arc::new(inner)), json))
     }
 
@@ -218,7 +218,7 @@ impl Tokenizer {
                 let bytes: Vec<u8> = ids.iter().filter_map(|&id| u8::try_from(id).ok()).collect();
                 Ok(String::from_utf8_lossy(&bytes).into_owned())
             }
-            Kind::HuggingFace(hf) => hf.ordinary.decode(ids, true).map_err(failed("decode")),
+            Kind::HuggingFace(hf) => guarded(|| hf.ordinary.decode(ids, true)).map_err(failed("decode")),
         }
     }
 
@@ -258,7 +258,8 @@ impl Tokenizer {
     /// What the file says comes before a text: the mark for the beginning, of models that were trained with one.
     pub fn beginning(&self) -> Vec<u32> {
         let Kind::HuggingFace(hf) = &self.kind else { return Vec::new() };
-        let ids = |special| hf.ordinary.encode_fast("a", special).map(|encoding| encoding.get_ids().to_vec());
+        let encode = |special| guarded(|| hf.ordinary.encode_fast("a", special));
+        let ids = |special| encode(special).map(|encoding| encoding.get_ids().to_vec());
         let (Ok(with), Ok(without)) = (ids(true), ids(false)) else { return Vec::new() };
         let place = with.windows(without.len().max(1)).position(|window| window == without);
         with[..place.unwrap_or(0)].to_vec()
@@ -421,7 +422,13 @@ fn cuts_into_words(tokenizer: &tokenizers::Tokenizer) -> Option<Digits> {
 }
 
 fn encode_one(tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<Vec<u32>> {
-    Ok(tokenizer.encode_fast(text, false).map_err(failed("encode"))?.get_ids().to_vec())
+    Ok(guarded(|| tokenizer.encode_fast(text, false)).map_err(failed("encode"))?.get_ids().to_vec())
+}
+
+/// Calls the library, which panics on what some files ask for: a decoder that strips more characters than a token has. Calls change nothing of a
+/// tokenizer but its caches, which are as good without an entry.
+fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| Err("the file asks for what makes no sense".into()))
 }
 
 fn failed(operation: &'static str) -> impl Fn(tokenizers::Error) -> Error {

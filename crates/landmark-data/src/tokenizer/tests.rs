@@ -170,6 +170,16 @@ fn files_that_are_no_tokenizer_are_errors() {
     assert!(matches!(Tokenizer::from_file("/no/such/tokenizer.json"), Err(Error::Io { .. })));
 }
 
+/// The library panics where a token is shorter than what its decoder takes away.
+#[test]
+fn a_decoder_that_takes_away_too_much_is_an_error() {
+    let mut json: Value = serde_json::from_slice(&sentence_piece().json).unwrap();
+    json["decoder"] = json!({ "type": "Strip", "content": "a", "start": 0, "stop": 2 });
+    let tokenizer = Tokenizer::from_json(json.to_string().as_bytes()).unwrap();
+    assert!(matches!(tokenizer.decode(&[2]), Err(Error::Tokenizer { operation: "decode", .. })));
+    assert_eq!(tokenizer.decode(&[4]).unwrap(), "b");
+}
+
 #[test]
 fn texts_are_what_ids_add_to_a_text() {
     let texts = Tokenizer::bytes().texts();

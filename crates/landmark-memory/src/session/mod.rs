@@ -524,8 +524,12 @@ pub fn peek_tokens(folder: &Path, tokens: Range<u64>) -> Result<Vec<u32>> {
         return Err(Error::Session { path: folder.to_path_buf(), reason });
     }
     let path = folder.join(TOKENS);
-    let read = || {
-        let mut file = File::open(&path)?;
+    let mut file = File::open(&path).map_err(Error::io("read", &path))?;
+    let length = file.metadata().map_err(Error::io("read", &path))?.len();
+    if tokens.end > length / 4 {
+        return Err(Error::damaged(&path, format!("it is shorter than its {count} tokens")));
+    }
+    let mut read = || {
         file.seek(SeekFrom::Start(4 * tokens.start))?;
         let mut bytes = vec![0u8; 4 * (tokens.end - tokens.start) as usize];
         file.read_exact(&mut bytes)?;
@@ -541,7 +545,10 @@ fn status(head: &Head, shape: &Shape, commit: &Commit) -> Status {
         blocks: commit.blocks,
         dropped: head.dropped.clone(),
         block_type: head.block_type.clone(),
-        bytes: shape.disk_bytes(commit.blocks as usize) + 4 * commit.tokens + commit.tail_len,
+        bytes: shape
+            .disk_bytes(commit.blocks as usize)
+            .saturating_add(commit.tokens.saturating_mul(4))
+            .saturating_add(commit.tail_len),
         disk_limit: head.disk_limit,
         changed: commit.time,
         append_from: commit.append_from,

@@ -1,6 +1,7 @@
 //! What is damaged in a session, and the session without it.
 
 use std::collections::BTreeSet;
+use std::fs::OpenOptions;
 use std::path::Path;
 
 use rayon::prelude::*;
@@ -132,6 +133,9 @@ pub fn repair(folder: &Path) -> Result<Repair> {
         damage.push(format!("the text's last {lost} tokens are dropped: it ends with token {end}"));
     }
     repaired.tokens_crc = crc_of(0, &tokens);
+    // Without the file there is a text of no tokens, which has one.
+    let path = folder.join(TOKENS);
+    OpenOptions::new().append(true).create(true).open(&path).map_err(Error::io("make", &path))?;
     // It counts blocks that may not be there any more.
     let _ = std::fs::remove_file(folder.join(INDEX));
     head.write(folder)?;

@@ -197,6 +197,10 @@ impl GptConfig {
         if let Some((field, size)) = sizes.into_iter().find(|(_, size)| *size == 0 || *size > 1 << 31) {
             return wrong(field, size.to_string(), "between 1 and 2^31");
         }
+        // The names of all layers' parameters are in memory before one of them is looked for.
+        if self.n_layer > 1 << 14 {
+            return wrong("n_layer", self.n_layer.to_string(), "between 1 and 16384");
+        }
         if !self.n_embd.is_multiple_of(2 * self.n_head) {
             let expected = format!("a multiple of 2 * n_head = {}", 2 * self.n_head);
             return wrong("n_embd", self.n_embd.to_string(), &expected);
@@ -209,8 +213,8 @@ impl GptConfig {
         if self.bias && self.norm == Norm::Rms {
             return wrong("norm", "rms".into(), "layer with bias, as RMSNorm has none");
         }
-        if self.mem_freq == Some(0) {
-            return wrong("mem_freq", "0".into(), "at least 1");
+        if let Some(mem_freq) = self.mem_freq.filter(|mem_freq| !(1..=1 << 31).contains(mem_freq)) {
+            return wrong("mem_freq", mem_freq.to_string(), "between 1 and 2^31");
         }
         if self.landmarks != Placement::Regular && self.mem_freq.is_none() {
             let expected =
@@ -285,12 +289,14 @@ mod tests {
     #[test]
     fn validate_names_the_field() {
         type Change = fn(&mut GptConfig);
-        let cases: [(&str, Change); 13] = [
+        let cases: [(&str, Change); 15] = [
             ("norm", |c| (c.norm, c.bias) = (Norm::Rms, true)),
             ("vocab_size", |c| c.vocab_size = 0),
             ("n_embd", |c| c.n_embd = 1000),
             ("landmark_id", |c| c.landmark_id = 50_304),
+            ("n_layer", |c| c.n_layer = 1 << 20),
             ("mem_freq", |c| c.mem_freq = Some(0)),
+            ("mem_freq", |c| c.mem_freq = Some(usize::MAX)),
             ("landmarks", |c| (c.mem_freq, c.landmarks) = (None, Placement::Line)),
             ("pos_jump_on_mem", |c| c.pos_jump_on_mem = Some(10)),
             ("dropout", |c| c.dropout = 1.),

@@ -273,6 +273,9 @@ impl LlamaConfig {
             if mem_id as usize >= self.vocab_size {
                 return wrong("mem_id", &mem_id.into(), &format!("below vocab_size = {}", self.vocab_size));
             }
+            if train_context_length > 1 << 30 {
+                return wrong("train_context_length", &train_context_length.into(), "at most 2^30");
+            }
             if mem_freq == 0 || mem_freq >= train_context_length {
                 let expected = format!("1 to {}, train_context_length less 1", train_context_length.saturating_sub(1));
                 return wrong("mem_freq", &mem_freq.into(), &expected);

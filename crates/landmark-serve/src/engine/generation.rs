@@ -1,4 +1,4 @@
-//! A request for text, worked on step by step: a chunk that is read, or a token that is written.
+//! A request for text, worked on step by step: a chunk that is read, or a token that is drawn, and read with those of the others.
 
 use super::kept::Text;
 use super::sessions::Open;
@@ -10,6 +10,7 @@ use crate::stop::Stops;
 use axum::http::StatusCode;
 use landmark_data::Decoder;
 use landmark_inference::{Mark, Reader, Sampler, SamplingFlags};
+use std::collections::HashMap;
 use std::ops::Range;
 use std::rc::Rc;
 use std::time::Instant;
@@ -124,6 +125,10 @@ struct Writing<'m> {
     characters: usize,
     /// What was drawn and is not told yet.
     pending: Vec<TokenLogprob>,
+    /// What the next token is drawn by.
+    logits: Vec<f32>,
+    /// What was drawn and is not read yet.
+    next: Option<u32>,
     last_at: Instant,
 }
 
@@ -163,7 +168,7 @@ impl<'m> Generation<'m> {
                 self.read_chunk(world, &mut reading)?;
                 self.read_or_write(world, reading)
             }
-            State::Writing(reading, writing) => self.write_token(world, reading, writing),
+            State::Writing(reading, writing) => self.draw(world, reading, writing),
         }
     }
 
@@ -282,6 +287,8 @@ impl<'m> Generation<'m> {
             drawn: Vec::new(),
             characters: 0,
             pending: Vec::new(),
+            logits: reading.text.reader.logits()?,
+            next: None,
             last_at: Instant::now(),
         };
         if self.wanted.show_blocks.is_some() {
@@ -315,28 +322,44 @@ impl<'m> Generation<'m> {
         self.prompt * self.wanted.choices + self.choice
     }
 
-    fn write_token(
+    /// Draws the next token, which is to be read then, or ends the choice.
+    fn draw(
         &mut self,
         world: &mut World<'m>,
-        mut reading: Box<Reading>,
+        reading: Box<Reading>,
         mut writing: Box<Writing<'m>>,
     ) -> Result<Step, ApiError> {
         if writing.drawn.len() == self.wanted.max_tokens {
             return self.end_choice(world, reading, *writing, "length", false);
         }
-        let begun = Instant::now();
-        let reader = &mut reading.text.reader;
-        let logits = reader.logits()?;
-        let token = writing.sampler.sample(&logits, reader.drawable())?;
+        let (reader, logits) = (&reading.text.reader, &writing.logits);
+        let token = writing.sampler.sample(logits, reader.drawable())?;
         if reader.is_end(token) {
             return self.end_choice(world, reading, *writing, "stop", false);
         }
         if let Some(most) = self.wanted.logprobs {
-            let known = logprob(&logits, token, most, reader.drawable());
+            let known = logprob(logits, token, most, reader.drawable());
             let told = TokenLogprob::new(world.tokenizer, token, Some(known), writing.characters)?;
             writing.pending.push(told);
         }
-        reader.read(&[token], |_| true)?;
+        writing.next = Some(token);
+        self.state = State::Writing(reading, writing);
+        Ok(Step::GoesOn)
+    }
+
+    /// The text, and the token that was drawn and is to be read.
+    pub fn drawn(&mut self) -> Option<(&mut Reader, u32)> {
+        let State::Writing(reading, writing) = &mut self.state else { return None };
+        Some((&mut reading.text.reader, writing.next?))
+    }
+
+    /// Tells the client of what [`Self::drawn`] gave, which now is read; the next token is drawn by `logits`.
+    pub fn tell(&mut self, world: &mut World<'m>, logits: Vec<f32>) -> Result<Step, ApiError> {
+        let State::Writing(reading, mut writing) = std::mem::replace(&mut self.state, State::New) else {
+            unreachable!("who has drawn is writing");
+        };
+        let token = writing.next.take().expect("a token that was drawn");
+        writing.logits = logits;
         if writing.drawn.is_empty() && self.usage.completion == 0 {
             world.metrics.first_token.add(self.ticket.arrived.elapsed());
         } else if !writing.drawn.is_empty() {
@@ -346,7 +369,6 @@ impl<'m> Generation<'m> {
         writing.drawn.push(token);
         self.usage.completion += 1;
         world.metrics.written_tokens.add(1);
-        world.metrics.writing.add(begun.elapsed());
         let piece = writing.decoder.push(token).map_err(anyhow::Error::from)?;
         writing.characters += piece.chars().count();
         let (text, stopped) = writing.stops.push(&piece);
@@ -425,11 +447,24 @@ fn leave(world: &mut World, ticket: &Ticket, reading: Reading) {
 /// The blocks that the choice read most, with their text.
 fn most_read(world: &World, reading: &Reading, drawn: &[u32], count: usize) -> Result<Vec<BlockShown>, ApiError> {
     let all = [&reading.text.tokens, drawn].concat();
-    let decode = |range: Range<usize>| world.tokenizer.decode(&all[range]).map_err(anyhow::Error::from);
+    let mut reads = reading.text.reader.reads();
+    reads.truncate(count);
+    // Characters before each block, in one pass over the text.
+    let mut starts: Vec<usize> = reads.iter().map(|read| read.tokens.start).collect();
+    starts.sort_unstable();
+    let (mut decoder, mut characters, mut at) = (world.tokenizer.decoder(), 0, 0);
+    let mut offsets = HashMap::with_capacity(starts.len());
+    for start in starts {
+        for &token in &all[at..start] {
+            characters += decoder.push(token).map_err(anyhow::Error::from)?.chars().count();
+        }
+        at = start;
+        offsets.insert(start, characters);
+    }
     let shown = |read: landmark_memory::BlockRead| -> Result<BlockShown, ApiError> {
-        let text_offset = decode(0..read.tokens.start)?.chars().count();
-        let text = decode(read.tokens.clone())?;
+        let text_offset = offsets[&read.tokens.start];
+        let text = world.tokenizer.decode(&all[read.tokens.clone()]).map_err(anyhow::Error::from)?;
         Ok(BlockShown { block: read.block, weight: read.weight, tokens: read.tokens, text_offset, text })
     };
-    reading.text.reader.reads().into_iter().take(count).map(shown).collect()
+    reads.into_iter().map(shown).collect()
 }

@@ -1,5 +1,5 @@
 //! The thread that has the model. Requests come to it through a channel and wait for their turn; those that are worked on take steps in turn: a
-//! chunk that is read, or a token that is written.
+//! chunk that is read, or a token that is written. The tokens of all that are written are read in one pass of the model.
 
 mod append;
 mod generation;
@@ -190,6 +190,13 @@ impl<'m> Task<'m> {
         }
     }
 
+    fn generation(&mut self) -> Option<&mut Generation<'m>> {
+        match self {
+            Self::Generation(generation) => Some(generation),
+            Self::Append(_) => None,
+        }
+    }
+
     fn fail(&mut self, error: ApiError) {
         match self {
             Self::Generation(generation) => generation.fail(error),
@@ -205,6 +212,9 @@ impl<'m> Task<'m> {
     }
 }
 
+/// A request and what came of its step.
+type Turn<'m> = (Task<'m>, Result<Step, ApiError>);
+
 struct Engine<'m> {
     world: World<'m>,
     limits: Limits,
@@ -212,7 +222,7 @@ struct Engine<'m> {
     waiting: VecDeque<Task<'m>>,
 }
 
-impl Engine<'_> {
+impl<'m> Engine<'m> {
     fn run(mut self, commands: &Receiver<Command>) {
         loop {
             let is_idle = self.active.is_empty() && self.waiting.is_empty();
@@ -282,6 +292,7 @@ impl Engine<'_> {
 
     /// A step of each that is worked on.
     fn take_turns(&mut self) {
+        let mut turns = Vec::with_capacity(self.active.len());
         for mut task in std::mem::take(&mut self.active) {
             if task.is_abandoned() {
                 self.world.metrics.cancelled.add(1);
@@ -293,7 +304,12 @@ impl Engine<'_> {
                 task.close(&mut self.world);
                 continue;
             }
-            match task.step(&mut self.world) {
+            let step = task.step(&mut self.world);
+            turns.push((task, step));
+        }
+        self.read_drawn(&mut turns);
+        for (mut task, step) in turns {
+            match step {
                 Ok(Step::GoesOn) => self.active.push(task),
                 Ok(Step::Ends) => task.close(&mut self.world),
                 Err(error) => {
@@ -301,6 +317,28 @@ impl Engine<'_> {
                     task.close(&mut self.world);
                 }
             }
+        }
+    }
+
+    /// Reads the tokens that were drawn, those of all texts in one pass of the model.
+    fn read_drawn(&mut self, turns: &mut [Turn<'m>]) {
+        let begun = Instant::now();
+        let mut texts: Vec<_> = turns.iter_mut().filter_map(|(task, _)| task.generation()?.drawn()).collect();
+        if texts.is_empty() {
+            return;
+        }
+        let logits = Reader::read_together(&mut texts).map_err(ApiError::from);
+        self.world.metrics.writing.add(begun.elapsed());
+        let mut logits = logits.map(Vec::into_iter);
+        for (task, step) in turns {
+            let Some(generation) = task.generation() else { continue };
+            if generation.drawn().is_none() {
+                continue;
+            }
+            *step = match &mut logits {
+                Ok(logits) => generation.tell(&mut self.world, logits.next().unwrap_or_default()),
+                Err(error) => Err(error.clone()),
+            };
         }
     }
 

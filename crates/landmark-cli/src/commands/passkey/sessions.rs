@@ -4,7 +4,9 @@
 use super::prompt::Prompt;
 use super::results::Trial;
 use anyhow::Context;
-use landmark_inference::{About, CacheFlags, ModelFlags, Reader, Sampler, SessionFlags, bytes, open_session};
+use landmark_inference::{
+    About, CacheFlags, DeviceFlags, ModelFlags, Reader, Sampler, SessionFlags, bytes, open_session,
+};
 use landmark_memory::BlockType;
 use landmark_memory::session::{Session, Settings};
 use std::path::{Path, PathBuf};
@@ -15,7 +17,8 @@ use std::time::Instant;
 #[command(rename_all = "snake_case", next_help_heading = "Sessions")]
 pub struct Flags {
     /// Read each prompt into a session in this folder, as `landmark session append` does, and ask it twice: through the index of its
-    /// landmarks, and with all of them scored. A session is removed when it has answered
+    /// landmarks, and with all of them scored, on the CPU both times: on a GPU, where --device can have prompts read, all are scored
+    /// in any case. A session is removed when it has answered
     #[arg(long, value_name = "DIR", conflicts_with_all = ["without_retrieval", "all_selection_methods", "batch_size", "max_cache_gb"])]
     pub sessions: Option<PathBuf>,
     /// How they keep keys and values: float32 (exact), bfloat16, or int8
@@ -24,6 +27,9 @@ pub struct Flags {
     /// RAM for blocks that are in use
     #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "512MiB", requires = "sessions")]
     pub ram: u64,
+    /// GPU memory for blocks that are in use, where prompts are read on a GPU. Left out: 2GiB
+    #[arg(long, value_name = "SIZE", value_parser = bytes, requires = "sessions")]
+    pub gpu_memory: Option<u64>,
 }
 
 /// The two ways in which a session is asked.
@@ -70,7 +76,8 @@ impl<'a> Sessions<'a> {
                 self.trunk.insert((trunk, Vec::new()))
             }
         };
-        let how = |session: &Temporary| SessionFlags::of(session.0.clone(), self.model.device, self.flags.ram);
+        let Flags { ram, gpu_memory, .. } = *self.flags;
+        let how = |session: &Temporary| SessionFlags::of(session.0.clone(), self.model.device, ram, gpu_memory);
         let branch = Temporary(self.parent.join(format!("passkey-{}-{number}", std::process::id())));
         {
             let (mut session, mut reader) = open_session(&how(trunk), false)?;
@@ -93,7 +100,8 @@ impl<'a> Sessions<'a> {
         let depth = prompt.told_at as f64 / prompt.tokens.len() as f64;
         let ask = |exact| {
             let begun = Instant::now();
-            let (_session, mut reader) = open_session(&how(&branch), exact)?;
+            let how = SessionFlags::of(branch.0.clone(), DeviceFlags::CPU, ram, None);
+            let (_session, mut reader) = open_session(&how, exact)?;
             let answer = answer(&mut reader, question)?;
             let seconds = (reading + begun.elapsed()).as_secs_f64();
             anyhow::Ok(Trial { trial: number, depth, key: prompt.key, answer, seconds })

@@ -114,6 +114,7 @@ fn errors_name_the_field() {
         ("mem_id", json!({"mem_id": 128, "mem_freq": 63})),
         ("mem_freq", json!({"mem_id": 127})),
         ("mem_freq", json!({"mem_id": 127, "mem_freq": 512})),
+        ("train_context_length", json!({"mem_id": 127, "mem_freq": u64::MAX - 1, "train_context_length": u64::MAX})),
     ];
     for (expected, changes) in cases {
         let error = with(changes).unwrap_err();
