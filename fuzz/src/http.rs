@@ -41,6 +41,8 @@ impl Server {
             queue: 2,
             kept: 1 << 20,
             session_disk: Some(1 << 20),
+            key_disk: None,
+            connections: 1,
             grace: Duration::ZERO,
         };
         let settings = Settings {
@@ -50,12 +52,12 @@ impl Server {
             chat_template: Some(CHAT.into()),
             sessions: sessions.clone(),
             room: Room { ram: 1 << 16, gpu_memory: 0 },
+            // Documents are read by other processes.
+            converter: Vec::new(),
             host: Ipv4Addr::LOCALHOST.into(),
             port: 0,
             keys: Keys::none(),
             limits,
-            // Documents are read by other processes.
-            converter: Vec::new(),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
         let router = routes(settings).expect("a model that was just written");

@@ -207,10 +207,28 @@ fn conversations_are_written_by_the_template() {
     assert_eq!(reply["usage"]["prompt_tokens"], whole.len());
     let mut streamed = body;
     streamed["stream"] = json!(true);
-    let events = server.stream("/v1/chat/completions", streamed);
+    let events = server.stream("/v1/chat/completions", streamed.clone());
     let first: Value = serde_json::from_str(&events[0]).unwrap();
     assert_eq!(first["choices"][0]["delta"]["role"], "assistant");
     assert_eq!(put_together(&events).0, answer);
+    // With probabilities, whole and as a stream: those that the same text has as a prompt.
+    let mut likely = streamed.clone();
+    (likely["logprobs"], likely["top_logprobs"], likely["stream"]) = (json!(true), json!(2), json!(false));
+    let content = server.post("/v1/chat/completions", likely.clone(), 200)["choices"][0]["logprobs"]["content"].clone();
+    let echo = json!({ "prompt": whole, "max_tokens": 20, "temperature": 0, "stop": ["\n"], "logprobs": 2 });
+    let echo = &server.post("/v1/completions", echo, 200)["choices"][0]["logprobs"];
+    let content = content.as_array().unwrap();
+    assert_eq!(content.iter().map(|token| token["logprob"].clone()).collect::<Value>(), echo["token_logprobs"]);
+    assert!(content.iter().all(|token| token["top_logprobs"][0]["logprob"] == token["logprob"]));
+    assert_eq!(content[0]["bytes"], json!(content[0]["token"].as_str().unwrap().as_bytes()));
+    likely["stream"] = json!(true);
+    let events = server.stream("/v1/chat/completions", likely);
+    let chunks = events[..events.len() - 1].iter().map(|event| serde_json::from_str::<Value>(event).unwrap());
+    let streamed_content =
+        chunks.flat_map(|chunk| chunk["choices"][0]["logprobs"]["content"].as_array().cloned().unwrap_or_default());
+    assert_eq!(streamed_content.collect::<Vec<_>>(), *content);
+    let top_alone = json!({ "messages": said, "top_logprobs": 2 });
+    assert_eq!(server.post("/v1/chat/completions", top_alone, 400)["error"]["param"], "top_logprobs");
     // The next turn reads what is new.
     let said =
         json!([said[0], said[1], { "role": "assistant", "content": answer }, { "role": "user", "content": "More" }]);
@@ -240,6 +258,10 @@ fn sessions_are_read_once_and_survive_kill_9() {
         let body = json!({ "session": name, "prompt": prompt, "max_tokens": 12, "temperature": 0, "show_blocks": 2 });
         server.post("/v1/completions", body, 200)
     };
+    let exported = server.ask("GET", "/v1/sessions/austen/export", "", None);
+    assert!(exported.status == 200 && exported.headers.contains("content-type: text/plain"), "{exported:?}");
+    assert_eq!(exported.body, book[..5000]);
+    assert_eq!(server.ask("GET", "/v1/sessions/none/export", "", None).status, 404);
     let reply = ask(&server, "austen", "It");
     let at_hand = "session ask five/local/austen --prompt It --temperature 0 --max_new_tokens 12 --json --show_blocks 2 --device cpu";
     let at_hand: Value = serde_json::from_str(&succeed(MODEL.path(), at_hand).0).unwrap();

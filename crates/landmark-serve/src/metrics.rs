@@ -93,6 +93,10 @@ pub struct Metrics {
     pub units_found: Counter,
     /// Sessions that some request has open.
     pub open_sessions: Gauge,
+    /// Bytes of blocks and landmarks in RAM of what is worked on.
+    pub active_bytes: Gauge,
+    /// Those in pools on the GPU.
+    pub active_gpu_bytes: Gauge,
 }
 
 impl Metrics {
@@ -127,6 +131,12 @@ impl Metrics {
             ("kept_prompts", "Prompts that are kept to be gone on with.", &self.kept_prompts),
             ("kept_bytes", "Bytes of memory set aside for blocks of kept prompts.", &self.kept_bytes),
             ("open_sessions", "Sessions that a request has open.", &self.open_sessions),
+            (
+                "active_bytes",
+                "Bytes of RAM (of the model's device, for prompts) for blocks of what is worked on.",
+                &self.active_bytes,
+            ),
+            ("active_gpu_bytes", "Bytes of sessions' pools on the GPU of what is worked on.", &self.active_gpu_bytes),
         ] {
             put(name, "gauge", help, format!("landmark_{name} {}\n", gauge.0.load(Ordering::Relaxed)));
         }

@@ -75,7 +75,7 @@ impl Reply {
             }),
             Kind::Chat => json!({
                 "index": index, "message": { "role": "assistant", "content": choice.text, "refusal": null },
-                "finish_reason": choice.reason, "logprobs": null,
+                "finish_reason": choice.reason, "logprobs": choice.logprobs.map(|logprobs| chat_logprobs(&logprobs)),
             }),
         };
         let object = match self.kind {
@@ -105,7 +105,10 @@ impl Reply {
                     }
                     Kind::Chat => {
                         let delta = json!({ "content": text });
-                        self.chunk(json!({ "index": choice, "delta": delta, "logprobs": null, "finish_reason": null }))
+                        let logprobs = if logprobs.is_empty() { Value::Null } else { chat_logprobs(&logprobs) };
+                        self.chunk(
+                            json!({ "index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": null }),
+                        )
                     }
                 });
                 chunks
@@ -184,6 +187,19 @@ impl Reply {
             "text_offset": tokens.iter().map(|token| token.offset).collect::<Vec<_>>(),
         })
     }
+}
+
+/// As conversations have them.
+fn chat_logprobs(tokens: &[TokenLogprob]) -> Value {
+    let token =
+        |text: &str, logprob: Option<f64>| json!({ "token": text, "logprob": logprob, "bytes": text.as_bytes() });
+    let with_top = |told: &TokenLogprob| {
+        let mut value = token(&told.token, told.logprob);
+        let top = told.top.iter().flatten().map(|(text, logprob)| token(text, Some(*logprob)));
+        value["top_logprobs"] = top.collect();
+        value
+    };
+    json!({ "content": tokens.iter().map(with_top).collect::<Vec<_>>(), "refusal": null })
 }
 
 fn grow(choices: &mut Vec<Choice>, choice: usize, logprobs: impl Fn() -> Option<Vec<TokenLogprob>>) {

@@ -186,12 +186,16 @@ impl Request {
             }
             (old, new) => new.or(old).unwrap_or(limits.new_tokens),
         };
+        let top = fields.count("top_logprobs", 0..=MOST_LOGPROBS)?;
+        let logprobs = if fields.boolean("logprobs")? { Some(top.unwrap_or(0)) } else { None };
+        if top.is_some_and(|top| top > 0) && logprobs.is_none() {
+            return Err(ApiError::value("top_logprobs", "it belongs to logprobs"));
+        }
         let (wanted, streaming) = common(&mut fields, limits, seed, 1)?;
         fields.refuse([
             ("audio", Value::Null),
             ("function_call", json!("none")),
             ("functions", json!([])),
-            ("logprobs", json!(false)),
             ("metadata", json!({})),
             ("modalities", json!(["text"])),
             ("parallel_tool_calls", json!(true)),
@@ -204,16 +208,15 @@ impl Request {
             ("store", json!(false)),
             ("tool_choice", json!("none")),
             ("tools", json!([])),
-            ("top_logprobs", json!(0)),
             ("verbosity", Value::Null),
             ("web_search_options", Value::Null),
         ])?;
         fields.end(
-            "model, messages, max_tokens, max_completion_tokens, n, seed, stop, stream, stream_options, temperature, top_p, top_k, \
+            "model, messages, logprobs, top_logprobs, max_tokens, max_completion_tokens, n, seed, stop, stream, stream_options, temperature, top_p, top_k, \
              session and show_blocks",
         )?;
         let prompts = vec![Prompt::Conversation(messages)];
-        Ok(Self { prompts, wanted: Wanted { max_tokens, ..wanted }, streaming })
+        Ok(Self { prompts, wanted: Wanted { max_tokens, logprobs, ..wanted }, streaming })
     }
 }
 
@@ -393,6 +396,8 @@ mod tests {
             queue: 1,
             kept: 0,
             session_disk: None,
+            key_disk: None,
+            connections: 1,
             grace: Duration::ZERO,
         }
     }
@@ -467,7 +472,7 @@ mod tests {
             assert_eq!(said(bad).unwrap_err().param, Some("messages"));
         }
         for (name, value) in
-            [("tools", json!([{}])), ("logprobs", json!(true)), ("response_format", json!({ "type": "json_object" }))]
+            [("tools", json!([{}])), ("top_logprobs", json!(2)), ("response_format", json!({ "type": "json_object" }))]
         {
             let error = chat(json!({ "messages": [{ "role": "user", "content": "a" }], name: value })).unwrap_err();
             assert_eq!((error.param, error.code), (Some(name), "unsupported_parameter"));

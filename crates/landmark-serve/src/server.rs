@@ -3,10 +3,13 @@
 use crate::engine::{self, Command, Served};
 use crate::http::{App, now, router};
 use crate::metrics::Metrics;
-use crate::{Error, Settings};
+use crate::{Error, Limits, Settings};
 use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
 use landmark_inference::Template;
-use std::future::IntoFuture;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -19,6 +22,14 @@ use tokio::sync::{Semaphore, oneshot};
 const HTTP_THREADS: usize = 2;
 /// Bodies that are looked into at once.
 const PARSERS: usize = 2;
+/// How long a client may take for the head of a request, and be silent between requests.
+const HEAD_TIME: Duration = Duration::from_secs(30);
+/// Bytes of a head, at most.
+const HEAD_BYTES: usize = 64 << 10;
+/// Lines of a head, at most.
+const HEAD_LINES: usize = 100;
+/// Before a connection is taken again after one could not be: files may be free then.
+const BREATH: Duration = Duration::from_millis(100);
 /// What connections have left when no request is worked on any more.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
@@ -90,15 +101,11 @@ async fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), E
     let refuse = |reason| Error::Listen { address: asked, reason };
     let listener = TcpListener::bind(asked).await.map_err(refuse)?;
     let address = listener.local_addr().map_err(refuse)?;
-    let grace = settings.limits.grace;
+    let Limits { grace, connections, .. } = settings.limits;
     let (router, Thread { commands, mut ended, handle }) = open(settings, address.ip().is_loopback())?;
     let mut signals = Signals::watch().map_err(Error::Start)?;
     let (stop, stopped) = oneshot::channel::<()>();
-    let server = axum::serve(listener, router).with_graceful_shutdown(async move {
-        // A dropped sender stops it too.
-        let _ = stopped.await;
-    });
-    let mut server = tokio::spawn(server.into_future());
+    let mut server = tokio::spawn(listen(listener, router, connections, stopped));
     ready(address);
 
     let outcome = tokio::select! {
@@ -122,6 +129,38 @@ async fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), E
         Ok(Ok(())) => outcome,
         _ => Err(Error::ModelThread),
     }
+}
+
+/// Speaks HTTP with those who connect, so many at once, until `stopped` is told or dropped; then with those who are there, to the end of their requests.
+async fn listen(listener: TcpListener, router: Router, connections: usize, mut stopped: oneshot::Receiver<()>) {
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME).max_buf_size(HEAD_BYTES).max_headers(HEAD_LINES);
+    let (places, all) = (Arc::new(Semaphore::new(connections)), GracefulShutdown::new());
+    loop {
+        let next = async {
+            let place = places.clone().acquire_owned().await;
+            (place, listener.accept().await)
+        };
+        let (place, accepted) = tokio::select! {
+            next = next => next,
+            _ = &mut stopped => break,
+        };
+        let (Ok(place), Ok((stream, _))) = (place, accepted) else {
+            tokio::time::sleep(BREATH).await;
+            continue;
+        };
+        // A token is a packet: it does not wait for the next one. Where this cannot be told, it is slower.
+        let _ = stream.set_nodelay(true);
+        let service = TowerToHyperService::new(router.clone());
+        let connection = all.watch(http.serve_connection(TokioIo::new(stream), service));
+        tokio::spawn(async move {
+            let _place = place;
+            // What goes wrong with a connection is its client's business.
+            let _ = connection.await;
+        });
+    }
+    drop(listener);
+    all.shutdown().await;
 }
 
 /// Ctrl-C, and where there is one SIGTERM.

@@ -52,6 +52,10 @@ pub struct Limits {
     pub kept: u64,
     /// Bytes that a session may take of the disk; `None`: what there is.
     pub session_disk: Option<u64>,
+    /// Bytes that all sessions of a key may take; `None`: what there is.
+    pub key_disk: Option<u64>,
+    /// Connections at once; more wait to be taken.
+    pub connections: usize,
     /// How long requests may go on once the server is told to end.
     pub grace: Duration,
 }

@@ -73,6 +73,12 @@ pub struct Args {
     /// What a session that is made may take of the disk. Left out: what there is
     #[arg(long, value_name = "SIZE", value_parser = bytes, help_heading = "Limits")]
     session_disk: Option<u64>,
+    /// What all sessions of a key may take of the disk; what a fork shares with another counts for both. Left out: what there is
+    #[arg(long, value_name = "SIZE", value_parser = bytes, help_heading = "Limits")]
+    key_disk: Option<u64>,
+    /// Connections at once; more wait until one ends
+    #[arg(long, value_name = "N", default_value_t = 1024, help_heading = "Limits")]
+    connections: usize,
     /// How long requests may go on once the server is told to end
     #[arg(long, value_name = "SECONDS", default_value_t = 30, help_heading = "Limits")]
     grace_seconds: u64,
@@ -86,6 +92,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         ("max_prompt_tokens", args.max_prompt_tokens),
         ("max_new_tokens", args.max_new_tokens),
         ("parallel", args.parallel),
+        ("connections", args.connections),
     ] {
         if value == 0 {
             bail!("--{flag} 0: expected at least 1");
@@ -93,8 +100,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     // Beyond it the two together are no number of places.
     const MOST: usize = 1 << 20;
-    if args.parallel > MOST || args.queue > MOST {
-        bail!("--parallel and --queue: expected at most {MOST}");
+    if args.parallel > MOST || args.queue > MOST || args.connections > MOST {
+        bail!("--parallel, --queue and --connections: expected at most {MOST}");
     }
     if args.cache.mem_cache_size.is_some() {
         bail!("--mem_cache_size is refused: nothing that a client sent is left out");
@@ -130,6 +137,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         queue: args.queue,
         kept: args.kept_prompts,
         session_disk: args.session_disk,
+        key_disk: args.key_disk,
+        connections: args.connections,
         grace: Duration::from_secs(args.grace_seconds),
     };
     let settings = Settings {

@@ -50,6 +50,11 @@ impl Appending {
         &self.ticket
     }
 
+    /// What the text is read with, once it is begun.
+    pub fn reader(&self) -> Option<&Reader> {
+        self.begun.as_ref().map(|begun| &begun.reader)
+    }
+
     /// Whether the client has left.
     pub fn is_abandoned(&self) -> bool {
         self.reply.as_ref().is_none_or(oneshot::Sender::is_closed)
@@ -79,6 +84,7 @@ impl Appending {
         let next = &tokens[*at..tokens.len().min(*at + reader.chunk())];
         let is_last = *at + next.len() == tokens.len();
         if !next.is_empty() {
+            world.sessions.check_room(&self.ticket.owner, 0)?;
             reader.read(next, |_| true)?;
         }
         reader.commit(&mut open.session.borrow_mut(), next, Some(*from).filter(|_| !is_last), is_last)?;

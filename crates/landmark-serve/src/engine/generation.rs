@@ -347,6 +347,14 @@ impl<'m> Generation<'m> {
         Ok(Step::GoesOn)
     }
 
+    /// What the prompt is read with, once it is begun.
+    pub fn reader(&self) -> Option<&Reader> {
+        match &self.state {
+            State::New => None,
+            State::Reading(reading) | State::Writing(reading, _) => Some(&reading.text.reader),
+        }
+    }
+
     /// The text, and the token that was drawn and is to be read.
     pub fn drawn(&mut self) -> Option<(&mut Reader, u32)> {
         let State::Writing(reading, writing) = &mut self.state else { return None };

@@ -116,7 +116,7 @@ pub fn start(settings: &Settings, metrics: Arc<Metrics>) -> Result<Served, Error
             tokenizer: &tokenizer,
             flags,
             kept: KeptTexts::new(limits.kept),
-            sessions: Sessions::new(folder, limits.session_disk, about),
+            sessions: Sessions::new(folder, limits.session_disk, limits.key_disk, about),
             room,
             metrics,
         };
@@ -187,6 +187,14 @@ impl<'m> Task<'m> {
         match self {
             Self::Generation(generation) => generation.step(world),
             Self::Append(append) => append.step(world),
+        }
+    }
+
+    /// What it reads with, once it is begun.
+    fn reader(&self) -> Option<&Reader> {
+        match self {
+            Self::Generation(generation) => generation.reader(),
+            Self::Append(append) => append.reader(),
         }
     }
 
@@ -349,6 +357,12 @@ impl<'m> Engine<'m> {
         metrics.kept_prompts.set(kept.len());
         metrics.kept_bytes.set(kept.used() as usize);
         metrics.open_sessions.set(sessions.count_open());
+        let (bytes, pool_bytes) =
+            self.active.iter().filter_map(Task::reader).fold((0, 0), |(bytes, pool_bytes), reader| {
+                (bytes + reader.cache_bytes(), pool_bytes + reader.pool_bytes())
+            });
+        metrics.active_bytes.set(bytes - pool_bytes);
+        metrics.active_gpu_bytes.set(pool_bytes);
     }
 
     /// Nothing is worked on any more. What was appended stays as far as it came.

@@ -56,15 +56,18 @@ pub enum Call {
 /// The sessions of all owners.
 pub struct Sessions {
     folder: PathBuf,
+    /// Bytes that one may take.
     disk_limit: Option<u64>,
+    /// Bytes that all of an owner may take.
+    key_limit: Option<u64>,
     about: About,
     open: HashMap<(Owner, SessionName), Weak<Open>>,
 }
 
 impl Sessions {
     /// Those in a folder, of one model.
-    pub fn new(folder: PathBuf, disk_limit: Option<u64>, about: About) -> Self {
-        Self { folder, disk_limit, about, open: HashMap::new() }
+    pub fn new(folder: PathBuf, disk_limit: Option<u64>, key_limit: Option<u64>, about: About) -> Self {
+        Self { folder, disk_limit, key_limit, about, open: HashMap::new() }
     }
 
     /// Opens a session, or gives the one that another request has open.
@@ -97,6 +100,7 @@ impl Sessions {
         match call {
             Call::Create(name, block_type) => {
                 let path = self.free(owner, &name)?;
+                self.check_room(owner, 0)?;
                 let settings = Settings { block_type, disk_limit: self.disk_limit, blocks_per_segment: None };
                 self.about.create_of(&path, model, settings)?;
                 self.show(owner, &name)
@@ -117,6 +121,7 @@ impl Sessions {
                 if open.appending.get().is_some() {
                     return Err(busy("a text is being appended to it"));
                 }
+                self.check_room(owner, open.session.borrow().status().bytes)?;
                 open.session.borrow_mut().fork(&path)?;
                 self.show(owner, &to)
             }
@@ -142,16 +147,35 @@ impl Sessions {
         Ok(as_json(name.as_str(), &session::peek(&path)?, appending))
     }
 
-    fn list(&self, owner: &Owner) -> Result<Value, ApiError> {
+    /// Whether an owner's sessions may take so many bytes more.
+    pub fn check_room(&self, owner: &Owner, more: u64) -> Result<(), ApiError> {
+        let Some(limit) = self.key_limit else { return Ok(()) };
+        let names = self.names(owner)?;
+        let bytes =
+            names.iter().filter_map(|name| session::peek(&self.path(owner, name)).ok()).map(|status| status.bytes);
+        if bytes.sum::<u64>().saturating_add(more) <= limit {
+            return Ok(());
+        }
+        let message = format!(
+            "the sessions of one key may take {limit} bytes of the disk (--key_disk), and there is no room left"
+        );
+        Err(ApiError::new(StatusCode::INSUFFICIENT_STORAGE, "no_room", message))
+    }
+
+    /// The names of an owner's sessions.
+    fn names(&self, owner: &Owner) -> Result<Vec<SessionName>, ApiError> {
         let entries = match std::fs::read_dir(self.folder.join(owner.folder())) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Ok(json!({ "object": "list", "data": [] }));
-            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
             entries => entries.map_err(anyhow::Error::from)?,
         };
         let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
         let mut names: Vec<SessionName> = names.filter_map(|name| SessionName::parse(&name, "name").ok()).collect();
         names.sort_by(|a, b| a.as_str().cmp(b.as_str()));
+        Ok(names)
+    }
+
+    fn list(&self, owner: &Owner) -> Result<Value, ApiError> {
+        let names = self.names(owner)?;
         let sessions = names.iter().filter_map(|name| match self.show(owner, name) {
             Ok(shown) => Some(shown),
             Err(error) if error.status == StatusCode::NOT_FOUND => None,

@@ -74,6 +74,7 @@ pub fn router(app: App) -> Router {
         .route("/v1/sessions", get(sessions::list).post(sessions::create))
         .route("/v1/sessions/{name}", get(sessions::show).delete(sessions::delete))
         .route("/v1/sessions/{name}/text", get(sessions::text))
+        .route("/v1/sessions/{name}/export", get(sessions::export))
         .route("/v1/sessions/{name}/append", post(sessions::append))
         .route("/v1/sessions/{name}/fork", post(sessions::fork))
         .fallback(|| async { ApiError::new(StatusCode::NOT_FOUND, "not_found", "there is no such route") })

@@ -6,16 +6,18 @@ use crate::engine::{Append, Call, Command};
 use crate::request::{SessionName, encode};
 use crate::{ApiError, Owner};
 use axum::Extension;
+use axum::body::Body;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, Request, State};
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use futures_util::stream;
 use landmark_memory::BlockType;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 /// Tokens whose text is given at once.
 const MOST_SHOWN: u64 = 4096;
@@ -64,10 +66,13 @@ pub async fn text(
     let name = named(name)?;
     let range = token_range(range.map(|Query(fields)| fields).unwrap_or_default())?;
     let tokens = value(&app, owner, Call::Tokens(name, range)).await?;
-    let tokens = tokens.as_array().into_iter().flatten().filter_map(|token| token.as_u64()?.try_into().ok());
-    let tokens: Vec<u32> = tokens.collect();
+    let tokens: Vec<u32> = tokens_of(&tokens).collect();
     let text = app.pretrained.tokenizer.decode(&tokens).map_err(anyhow::Error::from)?;
     Ok(in_json(&json!({ "text": text })))
+}
+
+fn tokens_of(value: &Value) -> impl Iterator<Item = u32> {
+    value.as_array().into_iter().flatten().filter_map(|token| token.as_u64()?.try_into().ok())
 }
 
 /// The tokens that `first_token` and `end_token` (which is not one of them) name, at most so many that they are decoded at once.
@@ -86,6 +91,42 @@ fn token_range(mut fields: HashMap<String, String>) -> Result<Range<u64>, ApiErr
         return Err(ApiError::new(StatusCode::BAD_REQUEST, "unknown_parameter", message));
     }
     Ok(range)
+}
+
+/// All of its text, as it was when it was asked for.
+pub async fn export(
+    State(app): State<Arc<App>>,
+    Extension(owner): Extension<Owner>,
+    name: Name,
+) -> Result<Response, ApiError> {
+    let name = named(name)?;
+    let count = value(&app, owner.clone(), Call::Show(name.clone())).await?["tokens"].as_u64().unwrap_or(0);
+    let (parts, receiver) = mpsc::channel(2);
+    tokio::task::spawn_blocking(move || {
+        let mut decoder = app.pretrained.tokenizer.decoder();
+        let mut part = |from: u64| -> Result<String, ApiError> {
+            let (reply, answer) = oneshot::channel();
+            let call = Call::Tokens(name.clone(), from..count.min(from + MOST_SHOWN));
+            app.tell(Command::Session { owner: owner.clone(), call, reply })?;
+            let tokens = answer.blocking_recv().map_err(|_| ApiError::ending())??;
+            tokens_of(&tokens)
+                .map(|token| decoder.push(token).map_err(|error| anyhow::Error::from(error).into()))
+                .collect()
+        };
+        for from in (0..count).step_by(MOST_SHOWN as usize) {
+            // What cannot be read any more ends the connection before its text is whole, which clients notice.
+            let part = part(from).map_err(|error| std::io::Error::other(error.message));
+            let is_over = part.is_err();
+            if parts.blocking_send(part).is_err() || is_over {
+                return;
+            }
+        }
+        if let Ok(rest) = decoder.finish() {
+            let _ = parts.blocking_send(Ok(rest));
+        }
+    });
+    let text = stream::unfold(receiver, |mut receiver| async move { Some((receiver.recv().await?, receiver)) });
+    Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], Body::from_stream(text)).into_response())
 }
 
 /// Removes one.
