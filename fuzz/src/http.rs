@@ -52,6 +52,7 @@ impl Server {
             chat_template: Some(CHAT.into()),
             sessions: sessions.clone(),
             room: Room { ram: 1 << 16, gpu_memory: 0 },
+            // Documents are read by other processes.
             converter: Vec::new(),
             host: Ipv4Addr::LOCALHOST.into(),
             port: 0,
@@ -123,6 +124,9 @@ pub fn seeds() -> Vec<Vec<u8>> {
         "POST /tokenize Application/JSON; charset=utf-8\n{\"prompt\": \"Anne \\u00e9\\ud83d\\ude00\"}",
         "POST /v1/sessions\n{\"name\": \"new\", \"block_dtype\": \"int8\"}",
         "POST /v1/sessions/s/append\n{\"text\": \"Once more.\", \"new_text\": true}",
+        "POST /v1/sessions/s/append text/markdown; charset=\"utf-8\"\n\u{feff}# Once\n\nmore.",
+        "POST /v1/sessions/s/append multipart/form-data; boundary=x\n--x\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\
+         Content-Type: text/plain\r\n\r\nOnce more.\r\n--x\r\nContent-Disposition: form-data; name=\"new_text\"\r\n\r\ntrue\r\n--x--\r\n",
         "POST /v1/sessions/s/fork\n{\"name\": \"other\"}",
         "POST /v1/completions\n{\"model\": \"small\", \"prompt\": \"Anne was\", \"max_tokens\": 3, \"temperature\": 0, \"stop\": [\"x\", \"\\n\"]}",
         "POST /v1/completions\n{\"prompt\": [[1, 2, 3], [65, 256]], \"n\": 2, \"best_of\": 2, \"echo\": true, \"logprobs\": 2, \"max_tokens\": 0, \

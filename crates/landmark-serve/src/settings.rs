@@ -29,7 +29,7 @@ pub struct Settings {
     pub keys: Keys,
     /// What one client cannot take from the others.
     pub limits: Limits,
-    /// The command that, with `html` or `pdf` after it, does what [`crate::convert`] does: this program's own, usually.
+    /// The command that, with `html` or `pdf` after it, does what [`crate::convert`] does: this program's own, usually. Empty: such files are refused.
     pub converter: Vec<OsString>,
 }
 

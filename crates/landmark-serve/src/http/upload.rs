@@ -127,6 +127,10 @@ async fn form(content_type: &str, body: Vec<u8>) -> Result<(Kind, Vec<u8>, bool)
 
 /// The text of a file that is what it says.
 async fn text(app: &App, kind: Kind, mut bytes: Vec<u8>) -> Result<String, ApiError> {
+    if matches!(kind, Kind::Document(_)) && app.converter.is_empty() {
+        let message = "this server was started without what reads HTML and PDF; send the text of it";
+        return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_type", message));
+    }
     let is_pdf = bytes.starts_with(b"%PDF-");
     if is_pdf != matches!(kind, Kind::Document(Document::Pdf)) {
         let message = "file: it is not of the type that it says";
