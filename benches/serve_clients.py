@@ -41,12 +41,11 @@ def sync_client(url, model):
     chat = client.chat.completions.create(model=model, messages=said, max_completion_tokens=16, temperature=0, logprobs=True, top_logprobs=2)
     assert chat.choices[0].message.role == "assistant" and len(chat.choices[0].logprobs.content) == chat.usage.completion_tokens
     with client.chat.completions.stream(model=model, messages=said, max_completion_tokens=16, temperature=0) as stream:
-        for _ in stream:
-            pass
-        assert stream.get_final_completion().choices[0].message.content == chat.choices[0].message.content
+        text = "".join(event.delta for event in stream if event.type == "content.delta")
+        assert text == chat.choices[0].message.content
     for wrong, error in [
         (dict(prompt=PROMPT, max_tokens=-1), openai.BadRequestError),
-        (dict(prompt=PROMPT, temperature=9), openai.BadRequestError),
+        (dict(prompt=PROMPT, temperature=-1), openai.BadRequestError),
         (dict(prompt=PROMPT, logit_bias={"5": 1}), openai.BadRequestError),
     ]:
         try:
