@@ -471,11 +471,14 @@ mod tests {
         for bad in [json!(null), json!(1), json!([{ "type": "image_url", "image_url": {} }])] {
             assert_eq!(said(bad).unwrap_err().param, Some("messages"));
         }
-        for (name, value) in
-            [("tools", json!([{}])), ("top_logprobs", json!(2)), ("response_format", json!({ "type": "json_object" }))]
-        {
+        for (name, value, code) in [
+            ("tools", json!([{}]), "unsupported_parameter"),
+            ("response_format", json!({ "type": "json_object" }), "unsupported_parameter"),
+            // Without logprobs there is nothing that it could be of.
+            ("top_logprobs", json!(2), "invalid_value"),
+        ] {
             let error = chat(json!({ "messages": [{ "role": "user", "content": "a" }], name: value })).unwrap_err();
-            assert_eq!((error.param, error.code), (Some(name), "unsupported_parameter"));
+            assert_eq!((error.param, error.code), (Some(name), code));
         }
         assert!(chat(json!({ "messages": [{ "role": "tool", "content": "a" }] })).is_err());
         assert!(chat(json!({ "messages": [] })).is_err());
