@@ -280,6 +280,11 @@ fn sessions_are_read_once_and_survive_kill_9() {
         );
         let offset = block["text_offset"].as_u64().unwrap() as usize;
         assert!(whole[offset..].starts_with(block["text"].as_str().unwrap()) && block["weight"].as_f64().unwrap() > 0.);
+        // Two layers: the first and the middle third have one each.
+        let by_layers = [0, 1, 2].map(|group| block["weight_by_layers"][group].as_f64().unwrap());
+        assert!(
+            (by_layers.iter().sum::<f64>() / 2. - block["weight"].as_f64().unwrap()).abs() < 1e-6 && by_layers[2] == 0.
+        );
     }
     // It stays as it is, also for several choices.
     let several = json!({ "session": "austen", "prompt": "It", "max_tokens": 12, "temperature": 0, "n": 2 });

@@ -488,11 +488,11 @@ impl Chunk<'_> {
         Ok((retrieved, chosen))
     }
 
-    fn trace(&mut self, retrieved: &retrieval::Retrieved, chosen: &Tensor, lse: &Tensor) -> Result<()> {
-        let LandmarkCache { reads, lengths, starts, store, finished, .. } = &mut *self.cache;
+    fn trace(&mut self, layer: usize, retrieved: &retrieval::Retrieved, chosen: &Tensor, lse: &Tensor) -> Result<()> {
+        let LandmarkCache { reads, lengths, starts, store, finished, config, .. } = &mut *self.cache;
         if let Some(reads) = reads {
             let block_at = |i: usize| (store.number(i, *finished), starts[i]..starts[i] + lengths[i] as usize);
-            reads.add(retrieved, chosen, lse, block_at)?;
+            reads.add((layer, config.layers), retrieved, chosen, lse, block_at)?;
         }
         Ok(())
     }
@@ -503,7 +503,7 @@ impl Chunk<'_> {
         }
         let (retrieved, chosen) = self.retrieve(layer, &self.slot_queries(q)?, None)?;
         let (out, lse) = retrieval::join((&out, &lse), (&retrieved.out, &retrieved.lse))?;
-        self.trace(&retrieved, &chosen, &lse)?;
+        self.trace(layer, &retrieved, &chosen, &lse)?;
         Ok(out)
     }
 
@@ -544,7 +544,7 @@ impl Chunk<'_> {
         let (retrieved, chosen) = self.retrieve(layer, &self.slot_queries(q)?, None)?;
         // A block's share is its softmax weight among the chosen ones times the token's.
         let lse = (&retrieved.lse - weight.log()?)?;
-        self.trace(&retrieved, &chosen, &lse)?;
+        self.trace(layer, &retrieved, &chosen, &lse)?;
         let weight = weight.unsqueeze(3)?.to_dtype(out.dtype())?;
         Ok((out + retrieved.out.broadcast_mul(&weight)?)?)
     }

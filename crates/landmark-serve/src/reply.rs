@@ -219,7 +219,7 @@ fn usage(Usage { prompt, cached, completion }: Usage) -> Value {
 fn landmark(blocks: &[BlockShown]) -> Value {
     let block = |shown: &BlockShown| {
         json!({
-            "block": shown.block, "weight": shown.weight, "first_token": shown.tokens.start, "last_token": shown.tokens.end - 1,
+            "block": shown.block, "weight": shown.weight, "weight_by_layers": shown.by_layers, "first_token": shown.tokens.start, "last_token": shown.tokens.end - 1,
             "text_offset": shown.text_offset, "text": shown.text,
         })
     };

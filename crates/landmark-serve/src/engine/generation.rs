@@ -65,6 +65,8 @@ pub struct BlockShown {
     pub tokens: Range<usize>,
     /// Its share of a token's attention.
     pub weight: f64,
+    /// The same of the first, the middle and the last third of the layers.
+    pub by_layers: [f64; 3],
     /// Where its text begins, in characters.
     pub text_offset: usize,
     /// Its text.
@@ -472,7 +474,14 @@ fn most_read(world: &World, reading: &Reading, drawn: &[u32], count: usize) -> R
     let shown = |read: landmark_memory::BlockRead| -> Result<BlockShown, ApiError> {
         let text_offset = offsets[&read.tokens.start];
         let text = world.tokenizer.decode(&all[read.tokens.clone()]).map_err(anyhow::Error::from)?;
-        Ok(BlockShown { block: read.block, weight: read.weight, tokens: read.tokens, text_offset, text })
+        Ok(BlockShown {
+            block: read.block,
+            weight: read.weight,
+            by_layers: read.by_layers,
+            tokens: read.tokens,
+            text_offset,
+            text,
+        })
     };
     reads.into_iter().map(shown).collect()
 }

@@ -101,7 +101,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
             let words = all.get(read.tokens.clone()).map_or(Ok(String::new()), |tokens| tokenizer.decode(tokens))?;
             Ok(json!({
                 "block": read.block, "first_token": read.tokens.start, "last_token": read.tokens.end - 1,
-                "weight": read.weight, "text": words,
+                "weight": read.weight, "weight_by_layers": read.by_layers, "text": words,
             }))
         });
         let (loaded, found) = reader.loads();
