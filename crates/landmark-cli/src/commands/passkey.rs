@@ -288,7 +288,7 @@ fn compute(
         let seconds = time.as_secs_f64() / texts.len() as f64;
         for ((&trial, prompt), answer) in batch.iter().zip(&asked).zip(answers) {
             let depth = prompt.told_at as f64 / length as f64;
-            trials.push(Trial { trial, depth, key: prompt.key, answer, seconds });
+            trials.push(Trial { trial, depth, key: prompt.key, answer, seconds, tokens: None });
         }
         kept.put(key, &trials)?;
         memory = Some((here, texts.len()));

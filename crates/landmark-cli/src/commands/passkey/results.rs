@@ -21,6 +21,9 @@ pub struct Trial {
     pub answer: String,
     /// How long the prompt was read; its share of those that were read side by side.
     pub seconds: f64,
+    /// Tokens that were read in that time, if it was not the whole prompt: a fork of another goes on from what that has read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<usize>,
 }
 
 impl Trial {
@@ -54,7 +57,8 @@ impl Cell {
     /// Tokens read a second.
     fn tok_per_s(&self) -> f64 {
         let seconds: f64 = self.trials.iter().map(|trial| trial.seconds).sum();
-        (self.setting.eval_seq_length * self.trials.len()) as f64 / seconds.max(1e-9)
+        let tokens = self.trials.iter().map(|trial| trial.tokens.unwrap_or(self.setting.eval_seq_length));
+        tokens.sum::<usize>() as f64 / seconds.max(1e-9)
     }
 
     /// How it was read, in a few words.
@@ -139,7 +143,7 @@ impl Results {
             let session = session.unwrap_or_default();
             let (lm_cache, selection) = (&setting.lm_cache, setting.cache_selection_method.as_deref().unwrap_or(""));
             for trial in trials {
-                let Trial { trial: number, depth, key, answer, seconds } = trial;
+                let Trial { trial: number, depth, key, answer, seconds, .. } = trial;
                 let (answer, right) = (answer.replace('"', "\"\""), trial.is_right());
                 let line = format!(
                     "{length},{number},{lm_cache},{top_k},{selection},{depth:.4},{key},\"{answer}\",{right},{seconds:.3},{session}"

@@ -77,6 +77,7 @@ impl<'a> Sessions<'a> {
             }
         };
         let Flags { ram, gpu_memory, .. } = *self.flags;
+        let known = read.len();
         let how = |session: &Temporary| SessionFlags::of(session.0.clone(), self.model.device, ram, gpu_memory);
         let branch = Temporary(self.parent.join(format!("passkey-{}-{number}", std::process::id())));
         {
@@ -95,7 +96,7 @@ impl<'a> Sessions<'a> {
                 return Ok(None);
             }
         }
-        let reading = begun.elapsed();
+        let (reading, tokens) = (begun.elapsed(), prompt.tokens.len() - known);
 
         let depth = prompt.told_at as f64 / prompt.tokens.len() as f64;
         let ask = |exact| {
@@ -104,7 +105,7 @@ impl<'a> Sessions<'a> {
             let (_session, mut reader) = open_session(&how, exact)?;
             let answer = answer(&mut reader, question)?;
             let seconds = (reading + begun.elapsed()).as_secs_f64();
-            anyhow::Ok(Trial { trial: number, depth, key: prompt.key, answer, seconds })
+            anyhow::Ok(Trial { trial: number, depth, key: prompt.key, answer, seconds, tokens: Some(tokens) })
         };
         Ok(Some([ask(false)?, ask(true)?]))
     }
