@@ -5,27 +5,8 @@
 mod support;
 
 use serde_json::json;
-use std::fs;
 use std::path::Path;
-use std::sync::LazyLock;
-use support::http::{Reply, Server};
-use support::succeed;
-
-/// A folder with a model in `exps/text/landmark/e` that was trained for a moment. A byte is a token.
-static MODEL: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
-    let folder = tempfile::tempdir().unwrap();
-    let book: String = (0..400).map(|i| format!("Chapter {i}. It was a dark and stormy night. ")).collect();
-    fs::write(folder.path().join("book.txt"), book).unwrap();
-    let prepare = "prepare --dataset text --data_dir book.txt --tokenizer bytes --out data/text";
-    let train = "train --dataset text --model landmark --n_embd 32 --n_head 2 --n_layer 2 --batch_size 4 --acc_steps 1 \
-        --sequence_length 64 --mem_freq 7 --device cpu --iterations 2 --exp_name e";
-    [prepare, train].iter().for_each(|arguments| drop(succeed(folder.path(), arguments)));
-    folder
-});
-
-fn serve(sessions: &str, flags: &str) -> Server {
-    Server::start(MODEL.path(), &format!("--checkpoint exps/text/landmark/e --sessions {sessions} {flags}"))
-}
+use support::http::{Reply, Server, serve};
 
 /// Appends a file to a session of its own.
 fn append(server: &Server, name: &str, kind: &str, file: &[u8]) -> Reply {

@@ -127,8 +127,8 @@ struct Writing<'m> {
     characters: usize,
     /// What was drawn and is not told yet.
     pending: Vec<TokenLogprob>,
-    /// What the next token is drawn by.
-    logits: Vec<f32>,
+    /// What the next token is drawn by, if it came with the token before.
+    logits: Option<Vec<f32>>,
     /// What was drawn and is not read yet.
     next: Option<u32>,
     last_at: Instant,
@@ -289,7 +289,7 @@ impl<'m> Generation<'m> {
             drawn: Vec::new(),
             characters: 0,
             pending: Vec::new(),
-            logits: reading.text.reader.logits()?,
+            logits: None,
             next: None,
             last_at: Instant::now(),
         };
@@ -334,13 +334,17 @@ impl<'m> Generation<'m> {
         if writing.drawn.len() == self.wanted.max_tokens {
             return self.end_choice(world, reading, *writing, "length", false);
         }
-        let (reader, logits) = (&reading.text.reader, &writing.logits);
-        let token = writing.sampler.sample(logits, reader.drawable())?;
+        let reader = &reading.text.reader;
+        let logits = match writing.logits.take() {
+            Some(logits) => logits,
+            None => reader.logits()?,
+        };
+        let token = writing.sampler.sample(&logits, reader.drawable())?;
         if reader.is_end(token) {
             return self.end_choice(world, reading, *writing, "stop", false);
         }
         if let Some(most) = self.wanted.logprobs {
-            let known = logprob(logits, token, most, reader.drawable());
+            let known = logprob(&logits, token, most, reader.drawable());
             let told = TokenLogprob::new(world.tokenizer, token, Some(known), writing.characters)?;
             writing.pending.push(told);
         }
@@ -369,7 +373,7 @@ impl<'m> Generation<'m> {
             unreachable!("who has drawn is writing");
         };
         let token = writing.next.take().expect("a token that was drawn");
-        writing.logits = logits;
+        writing.logits = Some(logits);
         if writing.drawn.is_empty() && self.usage.completion == 0 {
             world.metrics.first_token.add(self.ticket.arrived.elapsed());
         } else if !writing.drawn.is_empty() {
