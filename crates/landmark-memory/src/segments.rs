@@ -368,7 +368,7 @@ impl Segments {
         {
             let (segment, range) = self.parts(block..block + 1).next().expect("one block is in one segment");
             let (at, unit) = (range.start * self.shape.block_bytes(), self.shape.codec.unit());
-            if let Ok(file) = self.file(segment, &self.paths(segment)[0]) {
+            if let Ok(file) = self.file(segment) {
                 let (from, length) = ((HEADER + at + units.start * unit) as u64, (units.len() * unit) as u64);
                 let length = std::num::NonZeroU64::new(length);
                 let _ = rustix::fs::fadvise(&*file, from, length, rustix::fs::Advice::WillNeed);
@@ -381,8 +381,7 @@ impl Segments {
     /// Reads `units` of a block, side by side, and compares them with their checksums.
     pub fn read(&self, block: usize, units: std::ops::Range<usize>, crcs: &[u32], bytes: &mut Vec<u8>) -> Result<()> {
         let (segment, range) = self.parts(block..block + 1).next().expect("one block is in one segment");
-        let path = &self.paths(segment)[0];
-        let file = self.file(segment, path)?;
+        let file = self.file(segment)?;
         let unit = self.shape.codec.unit();
         let at = (HEADER + range.start * self.shape.block_bytes() + units.start * unit) as u64;
         let length = units.len() * unit;
@@ -394,21 +393,22 @@ impl Segments {
             bytes.resize(length, 0);
             read_at(&file, bytes, at)
         };
+        let path = || self.paths(segment)[0].clone();
         read().map_err(|error| match error.kind() {
-            std::io::ErrorKind::UnexpectedEof => Error::damaged(path, format!("it ends before block {block}")),
-            _ => Error::io("read", path)(error),
+            std::io::ErrorKind::UnexpectedEof => Error::damaged(&path(), format!("it ends before block {block}")),
+            _ => Error::io("read", &path())(error),
         })?;
         for (bytes, crc) in bytes.chunks_exact(unit).zip(crcs) {
             if crc32c::crc32c(bytes) != *crc {
                 let what = format!("block {block} is damaged; `landmark session repair` drops it");
-                return Err(Error::damaged(path, what));
+                return Err(Error::damaged(&path(), what));
             }
         }
         Ok(())
     }
 
     /// A segment's file, whose header was compared when it was opened.
-    fn file(&self, segment: usize, path: &Path) -> Result<Arc<File>> {
+    fn file(&self, segment: usize) -> Result<Arc<File>> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if open.len() <= segment {
             open.resize(segment + 1, None);
@@ -416,6 +416,7 @@ impl Segments {
         if let Some(file) = &open[segment] {
             return Ok(file.clone());
         }
+        let path = &self.paths(segment)[0];
         let file = File::open(path).map_err(Error::io("read", path))?;
         let mut header = [0; HEADER];
         let read = read_at(&file, &mut header, 0);
