@@ -112,8 +112,12 @@ impl Search<'_> {
         let mut found = Best::new(n, CANDIDATES * k);
         let mut bars = vec![f32::NEG_INFINITY; n];
         let mut readers = Vec::new();
-        for pairs in pairs.chunk_by(|a, b| a.0 == b.0) {
+        let mut looks = pairs.chunk_by(|a, b| a.0 == b.0).peekable();
+        while let Some(pairs) = looks.next() {
             let List { blocks, keys } = &lists[pairs[0].0 as usize];
+            if let Some(next) = looks.peek() {
+                lists[next[0].0 as usize].keys.prefetch();
+            }
             readers.clear();
             readers.extend(pairs.iter().map(|&(_, query)| query));
             scan(keys, &queries, &readers, &mut bars, |query, at, score| match blocks.get(at) {

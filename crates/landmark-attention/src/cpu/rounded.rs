@@ -7,6 +7,8 @@
 const GROUP: usize = 16;
 /// Channels that lie side by side.
 const WORD: usize = 4;
+/// Queries at most whose scores are found at once.
+const TILE: usize = 8;
 /// Added to a rounded channel of a key: the machine multiplies unsigned bytes with signed ones.
 const OFFSET: i32 = 128;
 
@@ -48,6 +50,19 @@ impl RoundedKeys {
     /// Bytes of memory.
     pub fn bytes(&self) -> usize {
         self.bytes.capacity() + 4 * GROUP * self.factors.capacity()
+    }
+
+    /// Tells the machine that they will be scored soon, so that memory begins with them.
+    #[inline(always)]
+    pub(super) fn prefetch(&self) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            let lines = self.bytes.chunks(64).map(<[u8]>::as_ptr);
+            // SAFETY: nothing is read: these are hints, which every machine of this kind has.
+            let hint = |line: *const u8| unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
+            lines.chain(self.factors.iter().map(|factors| factors.as_ptr().cast())).for_each(hint);
+        }
     }
 
     /// Puts a key, less `origin`, after the others.
@@ -126,6 +141,9 @@ impl RoundedQueries {
 
 /// The instructions that scores are made of.
 trait Products: Copy {
+    /// Whether there are registers for the sums of eight queries and two groups: keys are then read half as often as for four.
+    const EIGHT: bool;
+
     /// The sums of products of a query with the keys of a group.
     type Sums: Copy;
 
@@ -146,6 +164,8 @@ trait Products: Copy {
 struct Portable;
 
 impl Products for Portable {
+    const EIGHT: bool = false;
+
     type Sums = [i32; GROUP];
 
     #[inline(always)]
@@ -189,6 +209,8 @@ struct Vnni;
 
 #[cfg(target_arch = "x86_64")]
 impl Products for Vnni {
+    const EIGHT: bool = true;
+
     type Sums = std::arch::x86_64::__m512i;
 
     #[inline(always)]
@@ -273,31 +295,22 @@ impl<V: Visit> Scan<'_, V> {
     }
 
     #[inline(always)]
-    fn run_with(mut self, products: impl Products) {
-        let (queries, rest) = self.some.as_chunks::<4>();
+    fn run_with<P: Products>(mut self, products: P) {
+        let (eights, rest) = if P::EIGHT { self.some.as_chunks() } else { (&[][..], self.some) };
+        let (fours, ones) = rest.as_chunks();
+        eights.iter().for_each(|&queries| self.rows::<8, 2>(products, queries));
+        fours.iter().for_each(|&queries| self.rows::<4, 2>(products, queries));
+        ones.iter().for_each(|&query| self.rows::<1, 4>(products, [query]));
+    }
+
+    /// All keys for these queries, `G` groups at once.
+    #[inline(always)]
+    fn rows<const Q: usize, const G: usize>(&mut self, products: impl Products, queries: [u32; Q]) {
         let groups = self.keys.len.div_ceil(GROUP);
-        for &queries in queries {
-            let mut group = 0;
-            while group + 2 <= groups {
-                self.tile::<4, 2>(products, queries, group);
-                group += 2;
-            }
-            if group < groups {
-                self.tile::<4, 1>(products, queries, group);
-            }
-            queries.iter().for_each(|&query| self.visit.done(query as usize));
-        }
-        for &query in rest {
-            let mut group = 0;
-            while group + 4 <= groups {
-                self.tile::<1, 4>(products, [query], group);
-                group += 4;
-            }
-            for group in group..groups {
-                self.tile::<1, 1>(products, [query], group);
-            }
-            self.visit.done(query as usize);
-        }
+        let whole = groups - groups % G;
+        (0..whole).step_by(G).for_each(|group| self.tile::<Q, G>(products, queries, group));
+        (whole..groups).for_each(|group| self.tile::<Q, 1>(products, queries, group));
+        queries.iter().for_each(|&query| self.visit.done(query as usize));
     }
 
     #[inline(always)]
@@ -369,11 +382,11 @@ pub fn scan(
     Scan { keys, queries, some, visit: &mut Offers { bars, offer } }.run();
 }
 
-/// All scores of four queries, and the best of each.
+/// All scores of the queries of a tile, and the best of each.
 struct All<F> {
     limit: usize,
     groups: usize,
-    /// `[4, groups]`
+    /// `[TILE, groups]`
     scores: Vec<[f32; GROUP]>,
     /// Memory to work in, and what was found.
     largest: Vec<[f32; GROUP]>,
@@ -389,12 +402,12 @@ impl<F: FnMut(u32, u32)> Visit for All<F> {
 
     #[inline(always)]
     fn scores(&mut self, query: usize, group: usize, scores: &[f32; GROUP], _: u16) {
-        self.scores[query % 4 * self.groups + group] = *scores;
+        self.scores[query % TILE * self.groups + group] = *scores;
     }
 
     #[inline(always)]
     fn done(&mut self, query: usize) {
-        let scores = &self.scores[query % 4 * self.groups..][..self.groups];
+        let scores = &self.scores[query % TILE * self.groups..][..self.groups];
         best_of(scores, self.limit, &mut self.largest, &mut self.found);
         self.found.iter().for_each(|&(_, key)| (self.tell)(query as u32, key));
     }
@@ -403,7 +416,7 @@ impl<F: FnMut(u32, u32)> Visit for All<F> {
 /// The `limit` best keys of each query, or all if there are no more, in any order; of equals the first. `tell` is given query and key.
 pub fn best(keys: &RoundedKeys, queries: &RoundedQueries, limit: usize, tell: impl FnMut(u32, u32)) {
     let groups = keys.len.div_ceil(GROUP);
-    let (scores, largest) = (vec![[0.; GROUP]; 4 * groups], vec![[0.; GROUP]; limit.div_ceil(4)]);
+    let (scores, largest) = (vec![[0.; GROUP]; TILE * groups], vec![[0.; GROUP]; limit.div_ceil(4)]);
     let visit = &mut All { limit, groups, scores, largest, found: Vec::new(), tell };
     let some: Vec<u32> = (0..queries.surplus.len() as u32).collect();
     Scan { keys, queries, some: &some, visit }.run();
