@@ -212,9 +212,13 @@ impl WithSimd for Nearest<'_> {
     type Output = Option<(usize, f32)>;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) -> Self::Output {
+    fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
         let mut best = None;
         for (list, centroid) in self.centroids.chunks_exact(self.d).enumerate() {
+            // Most are farther by more than a sum in another order can be off.
+            if best.is_some_and(|(_, least)| nearly(simd, centroid, self.key) > least * 1.0001) {
+                continue;
+            }
             let distance = distance(centroid, self.key);
             if best.is_none_or(|(_, least)| distance < least) {
                 best = Some((list, distance));
@@ -365,6 +369,17 @@ fn distance(a: &[f32], b: &[f32]) -> f32 {
     }
     let rest: f32 = a.1.iter().zip(b.1).map(|(a, b)| (a - b) * (a - b)).sum();
     sums.iter().sum::<f32>() + rest
+}
+
+/// The same in the order that the machine sums registers in, without the channels after the last whole register.
+#[inline(always)]
+fn nearly<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
+    let (a, b) = (S::as_simd_f32s(a).0, S::as_simd_f32s(b).0);
+    let sum = a.iter().zip(b).fold(simd.splat_f32s(0.), |sum, (&a, &b)| {
+        let off = simd.sub_f32s(a, b);
+        simd.mul_add_e_f32s(off, off, sum)
+    });
+    simd.reduce_sum_f32s(sum)
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use candle_core::{Storage, Tensor};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::rounded::{RoundedKeys, RoundedQueries, best, scan};
+use super::rounded::{self, RoundedKeys, RoundedQueries, pack, prefetch, scan, unpack};
 use crate::retrieval::{Keys, List, Lists, SlotQueries};
 
 /// Queries that share what is read of a list.
@@ -32,7 +32,7 @@ struct Search<'a> {
 /// The best of scores that come in any order, for each of some queries; of equals the one of the smaller number.
 struct Best {
     limit: usize,
-    /// `[queries, limit]`, the best first: see [`Best::pack`]; 0 where there is none yet.
+    /// `[queries, limit]`, the best first, see [`pack`]; 0 where there is none yet.
     found: Vec<u64>,
 }
 
@@ -41,17 +41,10 @@ impl Best {
         Self { limit, found: vec![0; queries * limit] }
     }
 
-    /// A score and its number as an integer that is larger if it is better, and never 0.
-    fn pack(score: f32, number: u32) -> u64 {
-        let bits = score.to_bits();
-        let ordered = if bits >> 31 == 0 { bits | 1 << 31 } else { !bits };
-        u64::from(ordered) << 32 | u64::from(!number)
-    }
-
     /// Says what a score of the query must reach from now on.
     #[inline(always)]
     fn offer(&mut self, query: usize, score: f32, number: u32) -> f32 {
-        let (found, new) = (&mut self.found[query * self.limit..][..self.limit], Self::pack(score, number));
+        let (found, new) = (&mut self.found[query * self.limit..][..self.limit], pack(score, number));
         // What is worse moves down by one, without a branch that nobody foresees.
         for i in (1..found.len()).rev() {
             found[i] = found[i].max(found[i - 1].min(new));
@@ -65,17 +58,49 @@ impl Best {
     fn bar(&self, query: usize) -> f32 {
         match self.found[(query + 1) * self.limit - 1] {
             0 => f32::NEG_INFINITY,
-            last => {
-                let ordered = (last >> 32) as u32;
-                f32::from_bits(if ordered >> 31 == 1 { ordered & !(1 << 31) } else { !ordered })
-            }
+            last => unpack(last).0,
         }
     }
 
     /// The numbers that were found, the best first.
     fn numbers(&self, query: usize) -> impl Iterator<Item = u32> {
         let found = &self.found[query * self.limit..][..self.limit];
-        found.iter().take_while(|&&found| found > 0).map(|&found| !(found as u32))
+        found.iter().take_while(|&&found| found > 0).map(|&found| unpack(found).1)
+    }
+}
+
+/// Which queries look at which lists.
+struct Looks {
+    /// The lists that a query looks at, ascending, and where the queries of each end.
+    lists: Vec<u32>,
+    ends: Vec<u32>,
+    queries: Vec<u32>,
+}
+
+impl Looks {
+    /// Of pairs (list, query), and so many lists.
+    fn new(pairs: &[(u32, u32)], lists: usize) -> Self {
+        let mut at = vec![0; lists];
+        pairs.iter().for_each(|&(list, _)| at[list as usize] += 1);
+        let mut looks = Self { lists: Vec::new(), ends: Vec::new(), queries: vec![0; pairs.len()] };
+        let mut end = 0;
+        for (list, at) in at.iter_mut().enumerate().filter(|(_, count)| **count > 0) {
+            (*at, end) = (end, end + *at);
+            looks.lists.push(list as u32);
+            looks.ends.push(end);
+        }
+        for &(list, query) in pairs {
+            let at = &mut at[list as usize];
+            looks.queries[*at as usize] = query;
+            *at += 1;
+        }
+        looks
+    }
+
+    /// The queries that look at the `i`-th of the lists.
+    fn queries(&self, i: usize) -> &[u32] {
+        let begin = i.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.queries[begin as usize..self.ends[i] as usize]
     }
 }
 
@@ -102,72 +127,66 @@ impl Search<'_> {
         let queries = RoundedQueries::new(self.queries(0, bh, from, n), d);
         let all: Vec<u32> = (0..n as u32).collect();
 
-        // 1. The best lists of each query, as pairs (list, query).
+        // 1. The best lists of each query, and so the queries of each list.
         let mut pairs: Vec<(u32, u32)> = Vec::with_capacity(n * self.probes);
-        best(centroids, &queries, self.probes, |query, list| pairs.push((list, query)));
-        pairs.sort_unstable();
+        rounded::best(centroids, &queries, self.probes, |query, list| pairs.push((list, query)));
+        let looks = Looks::new(&pairs, lists.len());
 
         // 2. List by list, the best landmarks for the queries that look at it. The newest have slots of their own.
         let older = (self.len - self.newest) as u32;
         let mut found = Best::new(n, CANDIDATES * k);
         let mut bars = vec![f32::NEG_INFINITY; n];
-        let mut readers = Vec::new();
-        let mut looks = pairs.chunk_by(|a, b| a.0 == b.0).peekable();
-        while let Some(pairs) = looks.next() {
-            let List { blocks, keys } = &lists[pairs[0].0 as usize];
-            if let Some(next) = looks.peek() {
-                lists[next[0].0 as usize].keys.prefetch();
+        for (i, &list) in looks.lists.iter().enumerate() {
+            // Lists are all over the memory: it begins with those that come next.
+            if let Some(&next) = looks.lists.get(i + 2) {
+                prefetch(&lists[next as usize]);
             }
-            readers.clear();
-            readers.extend(pairs.iter().map(|&(_, query)| query));
-            scan(keys, &queries, &readers, &mut bars, |query, at, score| match blocks.get(at) {
+            if let Some(&next) = looks.lists.get(i + 1) {
+                let List { blocks, keys } = &lists[next as usize];
+                keys.prefetch();
+                blocks.chunks(16).for_each(|blocks| prefetch(&blocks[0]));
+            }
+            let List { blocks, keys } = &lists[list as usize];
+            scan(keys, &queries, looks.queries(i), &mut bars, |query, at, score| match blocks.get(at) {
                 Some(&block) if block < older => found.offer(query, score, block),
                 _ => found.bar(query),
             });
         }
 
         // 3. Tokens of a chunk look for much the same: what one has found is shown to all.
-        let (mut shared, mut rows) = (Vec::new(), Vec::new());
         if n > 1 {
-            shared = (0..n).flat_map(|query| found.numbers(query).take(k)).collect();
+            let mut shared: Vec<u32> = (0..n).flat_map(|query| found.numbers(query).take(k)).collect();
             shared.sort_unstable();
             shared.dedup();
-            rows = self.rows(kv, &shared);
             let mut keys = RoundedKeys::new(d);
-            rows.chunks_exact(d).for_each(|key| keys.push(key, origin));
+            self.rows(kv, &shared).chunks_exact(d).for_each(|key| keys.push(key, origin));
             scan(&keys, &queries, &all, &mut bars, |query, at, score| match shared[at] {
                 block if found.numbers(query).any(|found| found == block) => found.bar(query),
                 block => found.offer(query, score, block),
             });
         }
 
-        // 4. These and the newest, scored as they are.
-        let newest = self.rows(kv, &(older..self.len as u32).collect::<Vec<_>>());
-        let mut key = vec![0.; d];
-        for (i, chosen) in chosen.chunks_exact_mut(k).enumerate() {
-            let mut chosen_now = Best::new(1, k);
-            let query = self.queries(0, bh, from + i, 1);
-            for block in found.numbers(i) {
-                let key = match shared.binary_search(&block) {
-                    Ok(at) => &rows[at * d..][..d],
-                    Err(_) => {
-                        self.keys.key(kv, block as usize, &mut key);
-                        &key
-                    }
-                };
-                chosen_now.offer(0, dot(query, key), block);
+        // 4. These, block by block, and the newest, scored as they are.
+        let of_query = |query: usize| found.numbers(query).map(move |block| u64::from(block) << 32 | query as u64);
+        let mut asked: Vec<u64> = (0..n).flat_map(of_query).collect();
+        asked.sort_unstable();
+        let (mut best, mut key) = (Best::new(n, k), vec![0.; d]);
+        for of_block in asked.chunk_by(|a, b| a >> 32 == b >> 32) {
+            let block = (of_block[0] >> 32) as u32;
+            self.keys.key(kv, block as usize, &mut key);
+            for query in of_block.iter().map(|&asked| asked as u32 as usize) {
+                best.offer(query, dot(self.queries(0, bh, from + query, 1), &key), block);
             }
+        }
+        let newest = self.rows(kv, &(older..self.len as u32).collect::<Vec<_>>());
+        for (i, chosen) in chosen.chunks_exact_mut(k).enumerate() {
             for (slot, key) in newest.chunks_exact(d).enumerate() {
-                chosen_now.offer(0, dot(self.queries(slot + 1, bh, from + i, 1), key), older + slot as u32);
+                best.offer(i, dot(self.queries(slot + 1, bh, from + i, 1), key), older + slot as u32);
             }
             // Lists with fewer landmarks than are wanted are filled up with the oldest blocks.
-            let mut blocks: Vec<u32> = chosen_now.numbers(0).collect();
-            let mut fill = (0..).filter(|block| chosen_now.numbers(0).all(|other| other != *block));
-            while blocks.len() < k {
-                blocks.extend(fill.next());
-            }
-            blocks.sort_unstable();
-            chosen.copy_from_slice(&blocks);
+            let fill = (0..).filter(|block| best.numbers(i).all(|other| other != *block));
+            chosen.iter_mut().zip(best.numbers(i).chain(fill)).for_each(|(chosen, block)| *chosen = block);
+            chosen.sort_unstable();
         }
     }
 }

@@ -12,6 +12,27 @@ const TILE: usize = 8;
 /// Added to a rounded channel of a key: the machine multiplies unsigned bytes with signed ones.
 const OFFSET: i32 = 128;
 
+/// What a register holds, as memory has it at once.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+struct Line([u8; GROUP * WORD]);
+
+impl Line {
+    /// Four channels of each key of a group that has none yet.
+    const WORDS: Self = Self([OFFSET as u8; GROUP * WORD]);
+
+    /// As factors of the keys of a group.
+    #[inline(always)]
+    fn factors(&self) -> [f32; GROUP] {
+        let bytes = self.0.as_chunks::<4>().0;
+        std::array::from_fn(|i| f32::from_le_bytes(bytes[i]))
+    }
+
+    fn set_factor(&mut self, lane: usize, factor: f32) {
+        self.0.as_chunks_mut::<4>().0[lane] = factor.to_le_bytes();
+    }
+}
+
 /// Keys in eight bits a channel and a factor for each.
 ///
 /// Keys of a head have most of themselves in common, and what is common changes no choice: they are rounded less an origin, the same for all that are
@@ -19,17 +40,15 @@ const OFFSET: i32 = 128;
 #[derive(Debug, Clone, Default)]
 pub struct RoundedKeys {
     head_dim: usize,
-    /// `[groups, words, GROUP, WORD]`, plus [`OFFSET`].
-    bytes: Vec<u8>,
-    /// By group; NaN where it has no key: that reaches nothing.
-    factors: Vec<[f32; GROUP]>,
+    /// By group: a line for each four channels, `[GROUP, WORD]` plus [`OFFSET`], and one of factors; NaN where it has no key: that reaches nothing.
+    lines: Vec<Line>,
     len: usize,
 }
 
 impl RoundedKeys {
     /// No keys, of so many channels.
     pub fn new(head_dim: usize) -> Self {
-        Self { head_dim, bytes: Vec::new(), factors: Vec::new(), len: 0 }
+        Self { head_dim, lines: Vec::new(), len: 0 }
     }
 
     /// Keys that there are.
@@ -49,34 +68,32 @@ impl RoundedKeys {
 
     /// Bytes of memory.
     pub fn bytes(&self) -> usize {
-        self.bytes.capacity() + 4 * GROUP * self.factors.capacity()
+        size_of::<Line>() * self.lines.capacity()
+    }
+
+    /// Lines of a group.
+    fn lines_of_group(&self) -> usize {
+        self.head_dim.div_ceil(WORD) + 1
     }
 
     /// Tells the machine that they will be scored soon, so that memory begins with them.
     #[inline(always)]
     pub(super) fn prefetch(&self) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-            let lines = self.bytes.chunks(64).map(<[u8]>::as_ptr);
-            // SAFETY: nothing is read: these are hints, which every machine of this kind has.
-            let hint = |line: *const u8| unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
-            lines.chain(self.factors.iter().map(|factors| factors.as_ptr().cast())).for_each(hint);
-        }
+        self.lines.iter().for_each(prefetch);
     }
 
     /// Puts a key, less `origin`, after the others.
     pub fn push(&mut self, key: &[f32], origin: &[f32]) {
         if self.len.is_multiple_of(GROUP) {
-            let group = self.head_dim.div_ceil(WORD) * WORD * GROUP;
+            let group = self.lines_of_group();
             // Many lists, each of them large: an eighth more than there is, and not twice as much.
-            if self.bytes.capacity() < self.bytes.len() + group {
-                let more = (self.len / GROUP / 8).max(2);
-                self.bytes.reserve_exact(more * group);
-                self.factors.reserve_exact(more);
+            if self.lines.capacity() < self.lines.len() + group {
+                self.lines.reserve_exact((self.len / GROUP / 8).max(2) * group);
             }
-            self.bytes.resize(self.bytes.len() + group, OFFSET as u8);
-            self.factors.push([f32::NAN; GROUP]);
+            self.lines.resize(self.lines.len() + group - 1, Line::WORDS);
+            let mut factors = Line::WORDS;
+            (0..GROUP).for_each(|lane| factors.set_factor(lane, f32::NAN));
+            self.lines.push(factors);
         }
         self.len += 1;
         self.set(self.len - 1, key, origin);
@@ -84,25 +101,39 @@ impl RoundedKeys {
 
     /// Puts a key, less `origin`, in the place of another.
     pub fn set(&mut self, at: usize, key: &[f32], origin: &[f32]) {
-        let (group, lane) = (at / GROUP, at % GROUP);
-        let words = self.head_dim.div_ceil(WORD);
-        let bytes = &mut self.bytes[group * words * WORD * GROUP..][..words * WORD * GROUP];
+        let (lane, lines) = (at % GROUP, self.lines_of_group());
+        let lines = &mut self.lines[at / GROUP * lines..][..lines];
         let (factor, inverse) = factors(key.iter().zip(origin).map(|(x, origin)| x - origin));
         for (channel, (x, origin)) in key.iter().zip(origin).enumerate() {
-            let byte = &mut bytes[(channel / WORD * GROUP + lane) * WORD + channel % WORD];
+            let byte = &mut lines[channel / WORD].0[lane * WORD + channel % WORD];
             *byte = (i32::from(rounded((x - origin) * inverse)) + OFFSET) as u8;
         }
-        self.factors[group][lane] = factor;
+        lines[lines.len() - 1].set_factor(lane, factor);
     }
 }
 
+/// Tells the machine that this will be read soon.
+#[inline(always)]
+pub fn prefetch<T>(what: &T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: nothing is read: this is a hint, which every machine of this kind has.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(what).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = what;
+}
+
 /// What a rounded channel stands for, and its inverse.
+#[inline(always)]
 fn factors(x: impl Iterator<Item = f32>) -> (f32, f32) {
     let largest = x.fold(0f32, |largest, x| largest.max(x.abs()));
     if largest > 0. { (largest / 127., 127. / largest) } else { (0., 0.) }
 }
 
 /// The integer that a number between -128 and 127 is nearest to: added to 1.5 * 2^23, it is in the low bits.
+#[inline(always)]
 fn rounded(x: f32) -> i8 {
     (x + 12_582_912.).to_bits() as i8
 }
@@ -118,22 +149,17 @@ pub struct RoundedQueries {
 
 impl RoundedQueries {
     /// Queries `[queries, head_dim]`.
+    #[inline(always)]
     pub fn new(queries: &[f32], head_dim: usize) -> Self {
         let words = head_dim.div_ceil(WORD);
         let mut all = Self { words: Vec::with_capacity(queries.len() / head_dim * words), surplus: Vec::new() };
+        let mut bytes = vec![0; words * WORD];
         for query in queries.chunks_exact(head_dim) {
             let (_, inverse) = factors(query.iter().copied());
-            let mut sum = 0;
-            for channels in query.chunks(WORD) {
-                let mut bytes = [0u8; WORD];
-                for (byte, x) in bytes.iter_mut().zip(channels) {
-                    let x = rounded(x * inverse);
-                    sum += i32::from(x);
-                    *byte = x.cast_unsigned();
-                }
-                all.words.push(i32::from_le_bytes(bytes));
-            }
-            all.surplus.push(OFFSET * sum);
+            bytes.iter_mut().zip(query).for_each(|(byte, x)| *byte = rounded(x * inverse));
+            all.surplus.push(OFFSET * bytes.iter().map(|&byte| i32::from(byte)).sum::<i32>());
+            let bytes = bytes.as_chunks::<WORD>().0;
+            all.words.extend(bytes.iter().map(|bytes| i32::from_le_bytes(bytes.map(i8::cast_unsigned))));
         }
         all
     }
@@ -147,16 +173,18 @@ trait Products: Copy {
     /// The sums of products of a query with the keys of a group.
     type Sums: Copy;
 
-    /// Those of `Q` queries and `G` groups, of so many words each.
+    /// Those of `Q` queries and `G` groups, a line for each word of a query.
     fn products<const Q: usize, const G: usize>(
         self,
-        words: usize,
-        groups: [&[u8]; G],
+        groups: [&[Line]; G],
         queries: [&[i32]; Q],
     ) -> [[Self::Sums; G]; Q];
 
     /// Scores, and a bit for each that reaches `bar`.
-    fn scores(self, sums: Self::Sums, surplus: i32, factors: &[f32; GROUP], bar: f32) -> ([f32; GROUP], u16);
+    fn scores(self, sums: Self::Sums, surplus: i32, factors: &Line, bar: f32) -> ([f32; GROUP], u16);
+
+    /// A bit for each score that reaches `bar`.
+    fn reach(self, scores: &[f32; GROUP], bar: f32) -> u16;
 }
 
 /// Any machine.
@@ -171,14 +199,13 @@ impl Products for Portable {
     #[inline(always)]
     fn products<const Q: usize, const G: usize>(
         self,
-        words: usize,
-        groups: [&[u8]; G],
+        groups: [&[Line]; G],
         queries: [&[i32]; Q],
     ) -> [[[i32; GROUP]; G]; Q] {
         let mut sums = [[[0; GROUP]; G]; Q];
-        for word in 0..words {
-            for (g, bytes) in groups.iter().enumerate() {
-                let keys = bytes[word * WORD * GROUP..][..WORD * GROUP].as_chunks::<WORD>().0;
+        for word in 0..queries[0].len() {
+            for (g, lines) in groups.iter().enumerate() {
+                let keys = lines[word].0.as_chunks::<WORD>().0;
                 for (sums, query) in sums.iter_mut().zip(queries) {
                     let query = query[word].to_le_bytes().map(|byte| i32::from(byte.cast_signed()));
                     for (sum, key) in sums[g].iter_mut().zip(keys) {
@@ -191,14 +218,20 @@ impl Products for Portable {
     }
 
     #[inline(always)]
-    fn scores(self, sums: [i32; GROUP], surplus: i32, factors: &[f32; GROUP], bar: f32) -> ([f32; GROUP], u16) {
-        let scores: [f32; GROUP] = std::array::from_fn(|i| (sums[i] - surplus) as f32 * factors[i]);
-        let best = scores.iter().fold(f32::NEG_INFINITY, |best, &score| if score > best { score } else { best });
-        if best < bar {
-            return (scores, 0);
+    fn scores(self, sums: [i32; GROUP], surplus: i32, factors: &Line, bar: f32) -> ([f32; GROUP], u16) {
+        let scores: [f32; GROUP] = {
+            let factors = factors.factors();
+            std::array::from_fn(|i| (sums[i] - surplus) as f32 * factors[i])
+        };
+        (scores, self.reach(&scores, bar))
+    }
+
+    #[inline(always)]
+    fn reach(self, scores: &[f32; GROUP], bar: f32) -> u16 {
+        if !scores.iter().fold(false, |any, &score| any | (score >= bar)) {
+            return 0;
         }
-        let bits = scores.iter().enumerate().map(|(i, &score)| u16::from(score >= bar) << i);
-        (scores, bits.fold(0, |bits, bit| bits | bit))
+        scores.iter().enumerate().fold(0, |bits, (i, &score)| bits | u16::from(score >= bar) << i)
     }
 }
 
@@ -216,18 +249,18 @@ impl Products for Vnni {
     #[inline(always)]
     fn products<const Q: usize, const G: usize>(
         self,
-        words: usize,
-        groups: [&[u8]; G],
+        groups: [&[Line]; G],
         queries: [&[i32]; Q],
     ) -> [[Self::Sums; G]; Q] {
-        use std::arch::x86_64::{_mm512_dpbusd_epi32, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_si512};
-        let groups = groups.map(|bytes| &bytes[..words * WORD * GROUP]);
-        let queries = queries.map(|query| &query[..words]);
-        // SAFETY: only `scan_vnni` comes here, on machines that have these instructions; the slices were cut to what is read, a register a word.
+        use std::arch::x86_64::{_mm512_dpbusd_epi32, _mm512_load_si512, _mm512_set1_epi32, _mm512_setzero_si512};
+        let words = queries[0].len();
+        let (groups, queries) = (groups.map(|lines| &lines[..words]), queries.map(|query| &query[..words]));
+        // SAFETY: only `scan_vnni` comes here, on machines that have these instructions; the slices were cut to what is read, and a line is
+        // aligned as a register.
         unsafe {
             let mut sums = [[_mm512_setzero_si512(); G]; Q];
             for word in 0..words {
-                let keys = groups.map(|bytes| _mm512_loadu_si512(bytes.as_ptr().add(word * WORD * GROUP).cast()));
+                let keys = groups.map(|lines| _mm512_load_si512(lines.as_ptr().add(word).cast()));
                 for (sums, query) in sums.iter_mut().zip(queries) {
                     let query = _mm512_set1_epi32(*query.get_unchecked(word));
                     for (sum, keys) in sums.iter_mut().zip(keys) {
@@ -240,18 +273,25 @@ impl Products for Vnni {
     }
 
     #[inline(always)]
-    fn scores(self, sums: Self::Sums, surplus: i32, factors: &[f32; GROUP], bar: f32) -> ([f32; GROUP], u16) {
+    fn scores(self, sums: Self::Sums, surplus: i32, factors: &Line, bar: f32) -> ([f32; GROUP], u16) {
         use std::arch::x86_64::{
-            _CMP_GE_OQ, _mm512_cmp_ps_mask, _mm512_cvtepi32_ps, _mm512_loadu_ps, _mm512_mul_ps, _mm512_set1_epi32,
+            _CMP_GE_OQ, _mm512_cmp_ps_mask, _mm512_cvtepi32_ps, _mm512_load_ps, _mm512_mul_ps, _mm512_set1_epi32,
             _mm512_set1_ps, _mm512_sub_epi32,
         };
-        // SAFETY: as above; a register is as long as the factors of a group, and as its scores.
+        // SAFETY: as above; a register is as long as a line, and as the scores of a group.
         unsafe {
             let sums = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, _mm512_set1_epi32(surplus)));
-            let scores = _mm512_mul_ps(sums, _mm512_loadu_ps(factors.as_ptr()));
+            let scores = _mm512_mul_ps(sums, _mm512_load_ps(factors.0.as_ptr().cast()));
             let reach = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(scores, _mm512_set1_ps(bar));
             (std::mem::transmute::<std::arch::x86_64::__m512, [f32; GROUP]>(scores), reach)
         }
+    }
+
+    #[inline(always)]
+    fn reach(self, scores: &[f32; GROUP], bar: f32) -> u16 {
+        use std::arch::x86_64::{_CMP_GE_OQ, _mm512_cmp_ps_mask, _mm512_loadu_ps, _mm512_set1_ps};
+        // SAFETY: as above.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_GE_OQ>(_mm512_loadu_ps(scores.as_ptr()), _mm512_set1_ps(bar)) }
     }
 }
 
@@ -265,7 +305,7 @@ trait Visit {
 
     /// All of the query's scores were told.
     #[inline(always)]
-    fn done(&mut self, _query: usize) {}
+    fn done(&mut self, _products: impl Products, _query: usize) {}
 }
 
 /// Queries that look at keys.
@@ -310,23 +350,20 @@ impl<V: Visit> Scan<'_, V> {
         let whole = groups - groups % G;
         (0..whole).step_by(G).for_each(|group| self.tile::<Q, G>(products, queries, group));
         (whole..groups).for_each(|group| self.tile::<Q, 1>(products, queries, group));
-        queries.iter().for_each(|&query| self.visit.done(query as usize));
+        queries.iter().for_each(|&query| self.visit.done(products, query as usize));
     }
 
     #[inline(always)]
     fn tile<const Q: usize, const G: usize>(&mut self, products: impl Products, queries: [u32; Q], group: usize) {
-        let words = self.keys.head_dim.div_ceil(WORD);
-        let size = words * WORD * GROUP;
+        let size = self.keys.lines_of_group();
         let groups: [usize; G] = std::array::from_fn(|g| group + g);
-        let sums = products.products(
-            words,
-            groups.map(|group| &self.keys.bytes[group * size..][..size]),
-            queries.map(|query| &self.queries.words[query as usize * words..][..words]),
-        );
+        let lines = groups.map(|group| &self.keys.lines[group * size..][..size]);
+        let words = queries.map(|query| &self.queries.words[query as usize * (size - 1)..][..size - 1]);
+        let sums = products.products(lines, words);
         for (sums, query) in sums.iter().zip(queries.map(|query| query as usize)) {
-            for (&sums, group) in sums.iter().zip(groups) {
+            for ((&sums, group), lines) in sums.iter().zip(groups).zip(lines) {
                 let (surplus, bar) = (self.queries.surplus[query], self.visit.bar(query));
-                let (scores, bits) = products.scores(sums, surplus, &self.keys.factors[group], bar);
+                let (scores, bits) = products.scores(sums, surplus, &lines[size - 1], bar);
                 self.visit.scores(query, group, &scores, bits);
             }
         }
@@ -388,9 +425,10 @@ struct All<F> {
     groups: usize,
     /// `[TILE, groups]`
     scores: Vec<[f32; GROUP]>,
-    /// Memory to work in, and what was found.
+    /// `[TILE, parts]`: the largest of each part of the scores.
     largest: Vec<[f32; GROUP]>,
-    found: Vec<(f32, u32)>,
+    /// Memory to work in: see [`pack`].
+    found: Vec<u64>,
     tell: F,
 }
 
@@ -403,47 +441,97 @@ impl<F: FnMut(u32, u32)> Visit for All<F> {
     #[inline(always)]
     fn scores(&mut self, query: usize, group: usize, scores: &[f32; GROUP], _: u16) {
         self.scores[query % TILE * self.groups + group] = *scores;
+        let parts = self.largest.len() / TILE;
+        let largest = &mut self.largest[query % TILE * parts + (group & (parts - 1))];
+        let before = *largest;
+        *largest = std::array::from_fn(|i| if scores[i] > before[i] { scores[i] } else { before[i] });
     }
 
     #[inline(always)]
-    fn done(&mut self, query: usize) {
-        let scores = &self.scores[query % TILE * self.groups..][..self.groups];
-        best_of(scores, self.limit, &mut self.largest, &mut self.found);
-        self.found.iter().for_each(|&(_, key)| (self.tell)(query as u32, key));
+    fn done(&mut self, products: impl Products, query: usize) {
+        let parts = self.largest.len() / TILE;
+        let largest = &mut self.largest[query % TILE * parts..][..parts];
+        let bar = reached_by(largest, self.limit);
+        largest.fill([f32::NEG_INFINITY; GROUP]);
+        self.found.clear();
+        for (group, scores) in self.scores[query % TILE * self.groups..][..self.groups].iter().enumerate() {
+            let mut bits = products.reach(scores, bar);
+            while bits > 0 {
+                let i = bits.trailing_zeros() as usize;
+                bits &= bits - 1;
+                self.found.push(pack(scores[i], (group * GROUP + i) as u32));
+            }
+        }
+        // A few too many; many, where scores are equal.
+        if self.found.len() > 2 * self.limit {
+            self.found.select_nth_unstable_by(self.limit - 1, |a, b| b.cmp(a));
+            self.found.truncate(self.limit);
+        }
+        while self.found.len() > self.limit {
+            let worst = self.found.iter().fold(u64::MAX, |worst, &found| worst.min(found));
+            self.found.retain(|&found| found != worst);
+        }
+        self.found.iter().for_each(|&found| (self.tell)(query as u32, unpack(found).1));
     }
 }
 
 /// The `limit` best keys of each query, or all if there are no more, in any order; of equals the first. `tell` is given query and key.
 pub fn best(keys: &RoundedKeys, queries: &RoundedQueries, limit: usize, tell: impl FnMut(u32, u32)) {
     let groups = keys.len.div_ceil(GROUP);
-    let (scores, largest) = (vec![[0.; GROUP]; TILE * groups], vec![[0.; GROUP]; limit.div_ceil(4)]);
+    // The largest of four times as many parts of the scores as are asked for tell what the best ones reach; little else does.
+    let parts = limit.div_ceil(4).next_power_of_two();
+    let (scores, largest) = (vec![[0.; GROUP]; TILE * groups], vec![[f32::NEG_INFINITY; GROUP]; TILE * parts]);
     let visit = &mut All { limit, groups, scores, largest, found: Vec::new(), tell };
     let some: Vec<u32> = (0..queries.surplus.len() as u32).collect();
     Scan { keys, queries, some: &some, visit }.run();
 }
 
-/// The best of scores `[groups, GROUP]`. The largest of as many parts of them as four times the limit tell what the best ones reach; little else does.
+/// A score as an integer that is larger if the score is.
 #[inline(always)]
-fn best_of(scores: &[[f32; GROUP]], limit: usize, largest: &mut [[f32; GROUP]], found: &mut Vec<(f32, u32)>) {
-    largest.fill([f32::NEG_INFINITY; GROUP]);
-    for scores in scores.chunks(largest.len()) {
-        for (largest, scores) in largest.iter_mut().zip(scores) {
-            let before = *largest;
-            *largest = std::array::from_fn(|i| if scores[i] > before[i] { scores[i] } else { before[i] });
+fn ordered(score: f32) -> i32 {
+    let bits = score.to_bits().cast_signed();
+    bits ^ (bits >> 31 & i32::MAX)
+}
+
+/// The score of an integer.
+#[inline(always)]
+fn score_of(ordered: i32) -> f32 {
+    f32::from_bits((ordered ^ (ordered >> 31 & i32::MAX)).cast_unsigned())
+}
+
+/// A score and its number as an integer that is larger if the score is, or of equals if the number is smaller; never 0.
+#[inline(always)]
+pub fn pack(score: f32, number: u32) -> u64 {
+    u64::from(ordered(score).cast_unsigned() ^ 1 << 31) << 32 | u64::from(!number)
+}
+
+/// The score and the number that were packed.
+#[inline(always)]
+pub fn unpack(packed: u64) -> (f32, u32) {
+    (score_of(((packed >> 32) as u32 ^ 1 << 31).cast_signed()), !(packed as u32))
+}
+
+/// What at least `n` of the scores reach, and not many more.
+#[inline(always)]
+fn reached_by(scores: &[[f32; GROUP]], n: usize) -> f32 {
+    let scores = scores.as_flattened();
+    let low = scores.iter().fold(i32::MAX, |low, &score| low.min(ordered(score)));
+    let high = scores.iter().fold(i32::MIN, |high, &score| high.max(ordered(score)));
+    let (mut low, mut high) = (i64::from(low), i64::from(high));
+    // A number that enough of them reach, and one that may be too large, draw near.
+    for _ in 0..8 {
+        let middle = (low + high + 1) / 2;
+        let reach = scores.iter().map(|&score| i32::from(ordered(score) >= middle as i32)).sum::<i32>() as usize;
+        if reach < n {
+            high = middle;
+        } else {
+            low = middle;
+            if reach < n + n / 8 + 1 {
+                break;
+            }
         }
     }
-    let (_, &mut bar, _) = largest.as_flattened_mut().select_nth_unstable_by(limit - 1, |a, b| b.total_cmp(a));
-    found.clear();
-    for (group, scores) in scores.iter().enumerate() {
-        if scores.iter().fold(false, |any, &score| any | (score >= bar)) {
-            let of_group = (0..).map(|i| (group * GROUP) as u32 + i);
-            found.extend(scores.iter().copied().zip(of_group).filter(|&(score, _)| score >= bar));
-        }
-    }
-    if found.len() > limit {
-        found.select_nth_unstable_by(limit - 1, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        found.truncate(limit);
-    }
+    score_of(low as i32)
 }
 
 #[cfg(test)]
