@@ -6,7 +6,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
-pub use crate::cpu::rounded::RoundedKeys;
+pub use crate::cpu::rounded::{RoundedKeys, prefetch};
 #[cfg(feature = "cuda")]
 use crate::cuda;
 pub use crate::pool::Pool;
@@ -162,6 +162,9 @@ pub struct List {
 pub trait Keys: Sync {
     /// Writes the key `[head_dim]` of a block, by key-value head (counted over the rows of the batch) and block (oldest first).
     fn key(&self, head: usize, block: usize, into: &mut [f32]);
+
+    /// Is told that this key will be asked for soon: see [`prefetch`].
+    fn will_need(&self, _head: usize, _block: usize) {}
 }
 
 /// As [`select`] of `len` blocks with [`Selection::PerTokenAndHead`], where each query looks at the `probes` lists alone whose centroids score best; `lists`

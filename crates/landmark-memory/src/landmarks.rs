@@ -69,4 +69,10 @@ impl retrieval::Keys for Landmarks {
         let at = (block % PART * self.heads + head) * row;
         self.codec.decode_again(&self.parts[block / PART][at..][..row], into);
     }
+
+    fn will_need(&self, head: usize, block: usize) {
+        let row = self.codec.row();
+        let at = (block % PART * self.heads + head) * row;
+        self.parts[block / PART][at..][..row].chunks(64).for_each(|line| retrieval::prefetch(&line[0]));
+    }
 }

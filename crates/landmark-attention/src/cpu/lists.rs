@@ -170,8 +170,12 @@ impl Search<'_> {
         let of_query = |query: usize| found.numbers(query).map(move |block| u64::from(block) << 32 | query as u64);
         let mut asked: Vec<u64> = (0..n).flat_map(of_query).collect();
         asked.sort_unstable();
-        let (mut best, mut key) = (Best::new(n, k), vec![0.; d]);
+        let (mut best, mut key, mut at) = (Best::new(n, k), vec![0.; d], 0);
         for of_block in asked.chunk_by(|a, b| a >> 32 == b >> 32) {
+            at += of_block.len();
+            if let Some(soon) = asked.get(at + 16) {
+                self.keys.will_need(kv, (soon >> 32) as usize);
+            }
             let block = (of_block[0] >> 32) as u32;
             self.keys.key(kv, block as usize, &mut key);
             for query in of_block.iter().map(|&asked| asked as u32 as usize) {

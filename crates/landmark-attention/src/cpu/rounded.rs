@@ -423,9 +423,10 @@ pub fn scan(
 struct All<F> {
     limit: usize,
     groups: usize,
-    /// `[TILE, groups]`
+    parts: usize,
+    /// `[queries, groups]`
     scores: Vec<[f32; GROUP]>,
-    /// `[TILE, parts]`: the largest of each part of the scores.
+    /// `[queries, parts]`: the largest of each part of the scores.
     largest: Vec<[f32; GROUP]>,
     /// Memory to work in: see [`pack`].
     found: Vec<u64>,
@@ -441,16 +442,14 @@ impl<F: FnMut(u32, u32)> Visit for All<F> {
     #[inline(always)]
     fn scores(&mut self, query: usize, group: usize, scores: &[f32; GROUP], _: u16) {
         self.scores[query % TILE * self.groups + group] = *scores;
-        let parts = self.largest.len() / TILE;
-        let largest = &mut self.largest[query % TILE * parts + (group & (parts - 1))];
+        let largest = &mut self.largest[query % TILE * self.parts + (group & (self.parts - 1))];
         let before = *largest;
         *largest = std::array::from_fn(|i| if scores[i] > before[i] { scores[i] } else { before[i] });
     }
 
     #[inline(always)]
     fn done(&mut self, products: impl Products, query: usize) {
-        let parts = self.largest.len() / TILE;
-        let largest = &mut self.largest[query % TILE * parts..][..parts];
+        let largest = &mut self.largest[query % TILE * self.parts..][..self.parts];
         let bar = reached_by(largest, self.limit);
         largest.fill([f32::NEG_INFINITY; GROUP]);
         self.found.clear();
@@ -480,9 +479,10 @@ pub fn best(keys: &RoundedKeys, queries: &RoundedQueries, limit: usize, tell: im
     let groups = keys.len.div_ceil(GROUP);
     // The largest of four times as many parts of the scores as are asked for tell what the best ones reach; little else does.
     let parts = limit.div_ceil(4).next_power_of_two();
-    let (scores, largest) = (vec![[0.; GROUP]; TILE * groups], vec![[f32::NEG_INFINITY; GROUP]; TILE * parts]);
-    let visit = &mut All { limit, groups, scores, largest, found: Vec::new(), tell };
     let some: Vec<u32> = (0..queries.surplus.len() as u32).collect();
+    let rows = TILE.min(some.len());
+    let (scores, largest) = (vec![[0.; GROUP]; rows * groups], vec![[f32::NEG_INFINITY; GROUP]; rows * parts]);
+    let visit = &mut All { limit, groups, parts, scores, largest, found: Vec::new(), tell };
     Scan { keys, queries, some: &some, visit }.run();
 }
 
