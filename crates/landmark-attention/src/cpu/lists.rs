@@ -1,6 +1,6 @@
 //! Choosing blocks without scoring all landmarks: each query scores the centroids of lists, and the landmarks of the best lists alone.
 //!
-//! Both are scored by their rounded keys (`rounded`), list by list for all queries that chose a list, so that a list is read once for them. What
+//! Both are scored by their rounded keys (`scan`), list by list for all queries that chose a list, so that a list is read once for them. What
 //! scores best is a candidate, and candidates are scored again by their keys as they are. Equal keys have equal scores in both, bit for bit, which
 //! the rule for ties relies on.
 
@@ -8,7 +8,8 @@ use candle_core::{Storage, Tensor};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::rounded::{self, RoundedKeys, RoundedQueries, pack, prefetch, scan, unpack};
+use super::rounded::{RoundedKeys, RoundedQueries, prefetch};
+use super::scan::{best, pack, scan, unpack};
 use crate::retrieval::{Keys, List, Lists, SlotQueries};
 
 /// Queries that share what is read of a list.
@@ -129,7 +130,7 @@ impl Search<'_> {
 
         // 1. The best lists of each query, and so the queries of each list.
         let mut pairs: Vec<(u32, u32)> = Vec::with_capacity(n * self.probes);
-        rounded::best(centroids, &queries, self.probes, |query, list| pairs.push((list, query)));
+        best(centroids, &queries, self.probes, |query, list| pairs.push((list, query)));
         let looks = Looks::new(&pairs, lists.len());
 
         // 2. List by list, the best landmarks for the queries that look at it. The newest have slots of their own.
@@ -170,7 +171,7 @@ impl Search<'_> {
         let of_query = |query: usize| found.numbers(query).map(move |block| u64::from(block) << 32 | query as u64);
         let mut asked: Vec<u64> = (0..n).flat_map(of_query).collect();
         asked.sort_unstable();
-        let (mut best, mut key, mut at) = (Best::new(n, k), vec![0.; d], 0);
+        let (mut exact, mut key, mut at) = (Best::new(n, k), vec![0.; d], 0);
         for of_block in asked.chunk_by(|a, b| a >> 32 == b >> 32) {
             at += of_block.len();
             if let Some(soon) = asked.get(at + 16) {
@@ -179,17 +180,17 @@ impl Search<'_> {
             let block = (of_block[0] >> 32) as u32;
             self.keys.key(kv, block as usize, &mut key);
             for query in of_block.iter().map(|&asked| asked as u32 as usize) {
-                best.offer(query, dot(self.queries(0, bh, from + query, 1), &key), block);
+                exact.offer(query, dot(self.queries(0, bh, from + query, 1), &key), block);
             }
         }
         let newest = self.rows(kv, &(older..self.len as u32).collect::<Vec<_>>());
         for (i, chosen) in chosen.chunks_exact_mut(k).enumerate() {
             for (slot, key) in newest.chunks_exact(d).enumerate() {
-                best.offer(i, dot(self.queries(slot + 1, bh, from + i, 1), key), older + slot as u32);
+                exact.offer(i, dot(self.queries(slot + 1, bh, from + i, 1), key), older + slot as u32);
             }
             // Lists with fewer landmarks than are wanted are filled up with the oldest blocks.
-            let fill = (0..).filter(|block| best.numbers(i).all(|other| other != *block));
-            chosen.iter_mut().zip(best.numbers(i).chain(fill)).for_each(|(chosen, block)| *chosen = block);
+            let fill = (0..).filter(|block| exact.numbers(i).all(|other| other != *block));
+            chosen.iter_mut().zip(exact.numbers(i).chain(fill)).for_each(|(chosen, block)| *chosen = block);
             chosen.sort_unstable();
         }
     }

@@ -4,7 +4,7 @@
 //! - `forward`, `backward`: what is done with a tile, and why it is right;
 //! - `column`: the softmax steps that both are made of;
 //! - `retrieval`: choosing cached blocks, and attention over them; `single`: the same where there are few queries;
-//! - `lists`: choosing through lists of landmarks, by keys that are `rounded`;
+//! - `lists`: choosing through lists of landmarks, by keys that are `rounded`, of which `scan` finds the best;
 //! - `product`: the one matrix product under both; `lanes`: the vector arithmetic;
 //! - this file: heads and rows, workers, and the candle operation.
 
@@ -19,6 +19,7 @@ pub(crate) mod lists;
 mod product;
 pub(crate) mod retrieval;
 pub(crate) mod rounded;
+mod scan;
 mod single;
 mod tiles;
 
