@@ -61,18 +61,20 @@ impl Landmarks {
         self.parts.clear();
         self.len = 0;
     }
+
+    /// A key as it is kept.
+    fn row(&self, head: usize, block: usize) -> &[u8] {
+        let row = self.codec.row();
+        &self.parts[block / PART][(block % PART * self.heads + head) * row..][..row]
+    }
 }
 
 impl retrieval::Keys for Landmarks {
     fn key(&self, head: usize, block: usize, into: &mut [f32]) {
-        let row = self.codec.row();
-        let at = (block % PART * self.heads + head) * row;
-        self.codec.decode_again(&self.parts[block / PART][at..][..row], into);
+        self.codec.decode_again(self.row(head, block), into);
     }
 
     fn will_need(&self, head: usize, block: usize) {
-        let row = self.codec.row();
-        let at = (block % PART * self.heads + head) * row;
-        self.parts[block / PART][at..][..row].chunks(64).for_each(|line| retrieval::prefetch(&line[0]));
+        self.row(head, block).chunks(64).for_each(|line| retrieval::prefetch(&line[0]));
     }
 }
