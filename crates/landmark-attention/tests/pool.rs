@@ -111,6 +111,46 @@ fn a_pool_reads_as_a_ring() {
     }
 }
 
+/// What goes into frames waits in memory until a GPU that has much else to do takes it, however many fills there are until then.
+#[test]
+fn frames_get_what_was_written_for_them_by_a_busy_device() {
+    const FRAMES: usize = 12;
+    let (block, d) = (64, 128);
+    for (device, _) in runs() {
+        let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &device).unwrap();
+        let (queries, landmarks) = (zeros(&[2, 1, 1, FRAMES, d]), zeros(&[1, 1, FRAMES, d]));
+        let chosen: Vec<u32> = (0..FRAMES as u32).collect();
+        let mut pool = Pool::new(FRAMES, block, d, DType::F32, &device).unwrap();
+        let busy = zeros(if device.is_cuda() { &[8192, 8192] } else { &[8, 8] });
+        for round in 0..3 {
+            let mut written = Vec::new();
+            (0..10).for_each(|_| drop(busy.matmul(&busy).unwrap()));
+            for frame in 0..FRAMES {
+                let number = (100 * round + frame) as f32;
+                pool.fill(&[frame as u32], |_, bytes| {
+                    bytes.chunks_exact_mut(4).for_each(|bytes| bytes.copy_from_slice(&number.to_ne_bytes()));
+                })
+                .unwrap();
+                written.push(number);
+            }
+            // Each token reads one block, all of whose values are the same.
+            let blocks = Blocks {
+                kept: Kept::Pool { pool: &pool, frames: &chosen },
+                landmarks: Some(&landmarks),
+                first: 0,
+                len: FRAMES,
+                lengths: None,
+            };
+            let queries = SlotQueries { queries: &queries, newest: 0, scale: 1. };
+            let chosen = Tensor::from_vec(chosen.clone(), (1, 1, FRAMES, 1), &device).unwrap();
+            let read = attend(queries, blocks, &chosen).unwrap().out;
+            let read = read.narrow(3, 0, 1).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let read: Vec<f32> = read.into_iter().map(f32::round).collect();
+            assert_eq!(read, written, "round {round}");
+        }
+    }
+}
+
 #[test]
 fn frames_that_are_not_there_are_refused() {
     let mut pool = Pool::new(3, 4, 8, DType::F32, &Device::Cpu).unwrap();

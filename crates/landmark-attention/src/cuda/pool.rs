@@ -2,7 +2,9 @@
 
 use candle_core::Tensor;
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtrMut, HostSlice, PinnedHostSlice, result};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaEvent, CudaSlice, CudaStream, DevicePtrMut, PinnedHostSlice, result,
+};
 
 use super::params::{self, PlaceParams};
 use super::retrieval::{address, launch};
@@ -14,9 +16,32 @@ const SMALLEST: usize = 1 << 20;
 /// the next copy begins, as both are in the stream.
 #[derive(Debug, Default)]
 pub(crate) struct Staging {
-    locked: [Option<PinnedHostSlice<u8>>; 2],
+    locked: [Option<Locked>; 2],
     next: usize,
     on_device: Option<CudaSlice<u8>>,
+}
+
+/// Page-locked memory. cudarc has an event for it too, which it records only in contexts with streams of their own: not in candle's.
+#[derive(Debug)]
+struct Locked {
+    memory: PinnedHostSlice<u8>,
+    /// What was in it is on the GPU.
+    copied: CudaEvent,
+}
+
+impl Locked {
+    fn new(bytes: usize, stream: &CudaStream) -> candle_core::Result<Self> {
+        // SAFETY: what is copied of it was written before, in `fill`.
+        let memory = unsafe { stream.context().alloc_pinned(bytes).w()? };
+        Ok(Self { memory, copied: stream.context().new_event(None).w()? })
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        // Memory that is still read must not go. A GPU that fails reads no more.
+        let _ = self.copied.synchronize();
+    }
 }
 
 impl Staging {
@@ -35,31 +60,26 @@ impl Staging {
         let length = head + frames.len() * bytes;
         let locked = &mut self.locked[self.next];
         self.next = 1 - self.next;
-        if locked.as_ref().is_none_or(|locked| locked.len() < length) {
-            // SAFETY: what is copied of it was written before, below.
-            let new = unsafe { stream.context().alloc_pinned(length.next_power_of_two().max(SMALLEST)).w()? };
-            *locked = Some(new);
+        if locked.as_ref().is_none_or(|locked| locked.memory.len() < length) {
+            *locked = Some(Locked::new(length.next_power_of_two().max(SMALLEST), &stream)?);
         }
-        let Some(locked) = locked else { candle_core::bail!("pool: no page-locked memory") };
+        let Some(Locked { memory, copied }) = locked else { candle_core::bail!("pool: no page-locked memory") };
         if self.on_device.as_ref().is_none_or(|on_device| on_device.len() < length) {
             // SAFETY: kernels read what was copied there.
             self.on_device = Some(unsafe { device.alloc::<u8>(length.next_power_of_two().max(SMALLEST))? });
         }
         let Some(on_device) = &mut self.on_device else { candle_core::bail!("pool: no memory on the GPU") };
-        // Waits until what was in it before is copied.
-        let buffer = &mut locked.as_mut_slice().w()?[..length];
+        copied.synchronize().w()?;
+        let buffer = &mut memory.as_mut_slice().w()?[..length];
         for (bytes, frame) in buffer.chunks_exact_mut(4).zip(frames) {
             bytes.copy_from_slice(&frame.to_ne_bytes());
         }
         write(&mut buffer[head..]);
         let (units, _guard) = on_device.device_ptr_mut(&stream);
-        // SAFETY: the buffer is used with this stream alone, and the guard tells it when the copy is done; the copy's source and destination
-        // are at least `length` bytes long.
-        unsafe {
-            stream.context().bind_to_thread().w()?;
-            let (source, _copied) = locked.stream_synced_slice(&stream);
-            result::memcpy_htod_async(units, &source[..length], stream.cu_stream()).w()?;
-        }
+        stream.context().bind_to_thread().w()?;
+        // SAFETY: both are at least `length` bytes long, and the event tells when the buffer may be written again.
+        unsafe { result::memcpy_htod_async(units, buffer, stream.cu_stream()).w()? };
+        copied.record(&stream).w()?;
         let params = PlaceParams {
             units: units + head as u64,
             frames: units,
