@@ -8,7 +8,6 @@ use landmark_memory::{BlockRead, LandmarkCache};
 use landmark_models::gpt::Gpt;
 use landmark_models::llama::{Gguf, LandmarkConfig, Llama, LlamaConfig};
 use landmark_models::{IGNORE, Model, hub};
-use landmark_train::Tuning;
 use landmark_train::checkpoint::EXPERIMENT;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -32,8 +31,8 @@ impl Opened {
     pub fn open(flags: &ModelFlags) -> anyhow::Result<Self> {
         let ModelFlags { checkpoint: named, adapter, tokenizer, device } = flags;
         let path = checkpoint(named)?;
-        let pretrained = pretrained(&path, adapter.as_deref(), tokenizer.as_deref())?;
-        let model = Arc::new(load(&path, adapter.as_deref(), *device)?);
+        let (model, pretrained) = load_with_tokenizer(&path, adapter.as_deref(), tokenizer.as_deref(), *device)?;
+        let model = Arc::new(model);
         check_vocabulary(model.outline().vocab_size, &pretrained.tokenizer)?;
         Ok(Self { model, pretrained, path, adapter: adapter.clone(), tokenizer: tokenizer.clone() })
     }
@@ -337,19 +336,35 @@ pub fn load(path: &Path, adapter: Option<&Path>, flags: DeviceFlags) -> anyhow::
     let model = model.with_context(|| format!("--checkpoint {}", path.display()))?;
     let model = match (model, adapter) {
         (model, None) => model,
-        (Model::Llama(llama), Some(adapter)) => Model::Llama(adapted(llama, path, adapter)?.for_reading()?),
+        (Model::Llama(llama), Some(adapter)) => Model::Llama(adapted(llama, adapter)?.for_reading()?),
         (Model::Gpt(_), Some(_)) => bail!("--adapter: {} is no LLaMA", path.display()),
     };
     let activations = activations.unwrap_or(model.activations());
     Ok(model.with_activations(activations)?)
 }
 
-/// The model in `path` with the landmark and the adapter in a folder.
-pub fn adapted(model: Llama, path: &Path, adapter: &Path) -> anyhow::Result<Llama> {
+/// The same with the [`pretrained`] tokenizer of its folder, which another thread makes meanwhile.
+pub(crate) fn load_with_tokenizer(
+    path: &Path,
+    adapter: Option<&Path>,
+    given: Option<&str>,
+    flags: DeviceFlags,
+) -> anyhow::Result<(Model, Pretrained)> {
+    machine::compute_on_this_thread();
+    std::thread::scope(|scope| {
+        let tokenizer = scope.spawn(|| pretrained(path, adapter, given));
+        let model = load(path, adapter, flags);
+        let pretrained = tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok((model?, pretrained))
+    })
+}
+
+/// The model with the landmark and the adapter in a folder. A landmark comes right after the tokens of the tokenizer ([`pretrained`] compares
+/// them), so its id is their number.
+pub fn adapted(model: Llama, adapter: &Path) -> anyhow::Result<Llama> {
     let flag = || format!("--adapter {}", adapter.display());
-    let known = Tuning::tokenizer(path).context("the model's tokenizer")?.tokenizer.vocab_size();
     let landmarks = landmarks(adapter).with_context(flag)?;
-    let model = model.with_landmarks(landmarks, known.min(landmarks.mem_id as usize)).with_context(flag)?;
+    let model = model.with_landmarks(landmarks, landmarks.mem_id as usize).with_context(flag)?;
     model.with_adapter(adapter).with_context(flag)
 }
 

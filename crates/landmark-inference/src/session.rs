@@ -1,6 +1,6 @@
 //! A reader whose text is in a session.
 
-use crate::reader::{Opened, checkpoint, load, pretrained};
+use crate::reader::{Opened, checkpoint, load_with_tokenizer};
 use crate::{
     CacheFlags, DeviceFlags, LmCache, Memory, ModelFlags, Reader, SelectionMethod, bytes, hash_of_model, memory,
 };
@@ -178,11 +178,11 @@ impl About {
                 path.display()
             );
         }
-        let pretrained = pretrained(&path, adapter, self.tokenizer.as_deref())?;
+        let (model, pretrained) = load_with_tokenizer(&path, adapter, self.tokenizer.as_deref(), flags.device)?;
         if pretrained.tokenizer.fingerprint().to_string() != self.tokenizer_hash {
             bail!("the tokenizer of {} is not the one that the session's text was read with", path.display());
         }
-        Ok((load(&path, adapter, flags.device)?, pretrained))
+        Ok((model, pretrained))
     }
 
     fn flags(&self) -> anyhow::Result<CacheFlags> {

@@ -131,7 +131,7 @@ impl Paged {
     pub fn restore(
         &mut self,
         blocks: usize,
-        dropped: &dyn Fn(usize) -> bool,
+        dropped: &(dyn Fn(usize) -> bool + Sync),
         mut each: impl FnMut(&BlockRecord) -> Result<()>,
     ) -> Result<()> {
         let Some((segments, mut crcs)) = self.disk.take() else { return Ok(()) };

@@ -44,6 +44,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::{Mutex, PoisonError};
 
+use rayon::prelude::*;
+
 use crate::codec::Codec;
 use crate::{Error, Result};
 
@@ -285,7 +287,7 @@ impl Segments {
     pub fn records<'a>(
         &'a self,
         blocks: usize,
-        dropped: &'a dyn Fn(usize) -> bool,
+        dropped: &'a (dyn Fn(usize) -> bool + Sync),
     ) -> impl Iterator<Item = Result<Vec<Option<BlockRecord>>>> + 'a {
         self.parts(0..blocks).map(move |(segment, range)| {
             let path = &self.paths(segment)[1];
@@ -317,7 +319,7 @@ impl Segments {
                     || format!("the landmarks of block {number} are damaged; `landmark session repair` drops it");
                 record.map(Some).ok_or_else(|| Error::damaged(path, what()))
             };
-            range.clone().map(record).collect()
+            range.into_par_iter().map(record).collect()
         })
     }
 

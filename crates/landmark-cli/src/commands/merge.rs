@@ -49,7 +49,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         true => Gguf::open(&base)?.load(&Device::Cpu)?,
         false => Llama::load_frozen(&base, DType::F32, &Device::Cpu)?,
     };
-    let merged = landmark_inference::adapted(model, &base, &adapter)?.freeze()?;
+    let merged = landmark_inference::adapted(model, &adapter)?.freeze()?;
     let dtype = match dtype {
         Dtype::Float32 => DType::F32,
         Dtype::BFloat16 => DType::BF16,

@@ -418,8 +418,11 @@ impl Llama {
         let tables = if config.tie_word_embeddings { &[EMBEDDING][..] } else { &[EMBEDDING, HEAD] };
         for &table in tables {
             let with_mean = |mut w: Matrix| {
-                let mean = w.dense()?.narrow(0, 0, known)?;
-                let mean = if mean.dtype() == DType::BF16 { mean.to_dtype(DType::F32)? } else { mean }.mean(0)?;
+                let known_rows = w.dense()?.narrow(0, 0, known)?;
+                let dtype = if known_rows.dtype() == DType::BF16 { DType::F32 } else { known_rows.dtype() };
+                // As a product: candle's mean of columns goes through them one number at a time.
+                let ones = Tensor::ones((1, known), dtype, known_rows.device())?;
+                let mean = (ones.matmul(&known_rows.to_dtype(dtype)?)? / known as f64)?;
                 for row in rows.min(id)..=id {
                     w = w.with_row(row, &mean)?;
                 }
