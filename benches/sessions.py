@@ -1,16 +1,19 @@
 """What a session costs as it grows: tokens a second of appending by the million, memory, and milliseconds of a token when it is asked.
 
-usage: sessions.py BINARY MODEL TEXT WORK [--millions 10] [--block_dtype int8] [--ram 512MiB] [--json FILE] [--plot FILE]
+usage: sessions.py BINARY MODEL TEXT WORK [--millions 10] [--adapter FOLDER] [--device cuda] [--block_dtype int8] [--ram 512MiB] [--gpu_memory 2GiB]
+                   [--turns 6] [--json FILE] [--plot FILE]
 
-WORK is a folder with room for 4.1 GB a million tokens of landmark-12m in int8. Sessions of 4,000 and 64,000 tokens and of a million are asked, then the last is appended
-to in one go, and right after it a fresh session's first million, since a machine that is shared changes its speed in the hour between; then the long one is asked again, warm and, where
-the page cache can be dropped, cold. Nothing else should run. What was appended stays in WORK and is not appended again.
+WORK is a folder with room for 4.1 GB a million tokens of landmark-12m in int8, 24 GB of SmolLM2-135M in bfloat16. Sessions of 4,000 and 64,000 tokens and of a million are asked, then
+the last is appended to in one go, and right after it a fresh session's first million, since a machine that is shared changes its speed in the hour between; then the long one is asked
+again, warm and, where the page cache can be dropped, cold. At last the shortest and the longest are asked in turn, so that both meet the same moments of the machine: of these asks are the
+medians below the table. Nothing else should run. What was appended stays in WORK and is not appended again.
 --plot draws an SVG, and needs matplotlib.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -19,8 +22,9 @@ MILLION = 1_000_000
 
 
 def command(args, action, session, *rest):
-    tiers = ["--ram", args.ram] if action in ("append", "ask") else []
-    return [args.binary, "session", action, session, *rest, *tiers]
+    named = {"append": ("ram", "device", "gpu_memory"), "ask": ("ram", "device", "gpu_memory"), "create": ("device", "adapter", "block_dtype")}
+    flags = [(f"--{name}", getattr(args, name)) for name in named.get(action, ()) if getattr(args, name)]
+    return [args.binary, "session", action, session, *rest, *(part for flag in flags for part in flag)]
 
 
 def tokens(args, session):
@@ -42,7 +46,7 @@ def memory(pid):
 def append(args, session, until):
     """Yields a row for each million that is read, and one for the end."""
     if not os.path.isdir(session):
-        subprocess.run([*command(args, "create", session), "--checkpoint", args.model, "--block_dtype", args.block_dtype], check=True)
+        subprocess.run(command(args, "create", session, "--checkpoint", args.model), check=True)
     have = tokens(args, session)
     if have >= until:
         return
@@ -77,7 +81,8 @@ def ask(args, session, what):
 
 
 def rows(args):
-    for until in (4000, 64000, MILLION, args.millions * MILLION):
+    shortest = os.path.join(args.work, "4000")
+    for until in sorted({4000, 64000, MILLION, args.millions * MILLION}):
         session = os.path.join(args.work, "long" if until >= MILLION else str(until))
         yield from append(args, session, until)
         if until > MILLION:
@@ -92,6 +97,20 @@ def rows(args):
         print(f"the page cache is not dropped: {error}", file=sys.stderr)
     else:
         yield ask(args, session, "cold")
+    for _ in range(args.turns):
+        for each in (shortest, session):
+            yield ask(args, each, "in turn")
+
+
+def in_turn(rows):
+    """What a token of the shortest and of the longest session cost when they were asked in turn."""
+    asked = {}
+    for row in rows:
+        if row.get("asked") == "in turn":
+            asked.setdefault(row["tokens"], []).append(row["ms_per_token"])
+    (few, of_few), (many, of_many) = sorted(asked.items())
+    short, long = statistics.median(of_few), statistics.median(of_many)
+    print(f"in turn, medians of {len(of_few)}: {short:.2f} ms a token at {few:,} tokens and {long:.2f} at {many:,}, which is {long / short:.2f} times as long")
 
 
 def plot(path, rows):
@@ -120,8 +139,12 @@ def main():
     for name in ("binary", "model", "text", "work"):
         parser.add_argument(name)
     parser.add_argument("--millions", type=int, default=10)
+    parser.add_argument("--adapter")
+    parser.add_argument("--device")
     parser.add_argument("--block_dtype", default="int8")
     parser.add_argument("--ram", default="512MiB")
+    parser.add_argument("--gpu_memory")
+    parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--json")
     parser.add_argument("--plot")
     args = parser.parse_args()
@@ -132,6 +155,8 @@ def main():
     for row in rows(args):
         kept.append(row)
         print("| " + " | ".join(f"{row[name]:,}" if isinstance(row.get(name), int) else str(row.get(name, "")) for name in columns) + " |", flush=True)
+    if args.turns:
+        in_turn(kept)
     if args.json:
         with open(args.json, "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in kept)

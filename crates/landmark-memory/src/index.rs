@@ -86,6 +86,11 @@ impl Index {
         Self { heads: (0..heads).map(|_| Head::new(head_dim)).collect(), head_dim, top_k, len: 0 }
     }
 
+    /// Blocks that are in it.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
     /// Bytes of memory that its keys take.
     pub fn bytes(&self) -> usize {
         self.heads.iter().flat_map(|head| &head.lists).map(|list| list.keys.bytes() + 4 * list.blocks.capacity()).sum()

@@ -64,6 +64,8 @@ pub struct Paged {
     /// Of each layer, if there is one; and the landmarks that it is made of.
     index: Vec<Index>,
     landmarks: Vec<Landmarks>,
+    /// Blocks that the index's file has.
+    index_kept: usize,
     recall: Recall,
     /// For [`Paged::promote`]: memory to work in.
     seen: Seen,
@@ -109,6 +111,7 @@ impl Paged {
             scoring: tiers.scoring,
             index: (0..indexed).map(|_| Index::new(shape.heads, head_dim, config.top_k)).collect(),
             landmarks: (0..indexed).map(|_| Landmarks::new(codec, shape.heads)).collect(),
+            index_kept: 0,
             recall: Recall::default(),
             seen: Seen::default(),
             numbers: None,
@@ -250,6 +253,7 @@ impl Paged {
         self.scored.iter_mut().for_each(Ring::clear);
         self.landmarks.iter_mut().for_each(Landmarks::clear);
         self.index.iter_mut().for_each(Index::clear);
+        self.index_kept = 0;
         self.frames.forget_from(0);
         self.pending.clear();
         self.records.clear();
@@ -318,7 +322,7 @@ impl Paged {
         if self.index.is_empty() || self.len() < FROM_BLOCKS {
             return Ok(exact(self)?);
         }
-        self.extend_index(layer);
+        extend(&mut self.index[layer], &self.landmarks[layer]);
         let (lists, landmarks) = (self.index[layer].lists(), &self.landmarks[layer]);
         let probes = index::probes(queries.queries.dims()[3]);
         let found = retrieval::select_in_lists(queries, self.len(), landmarks, top_k, &lists, probes)?;
@@ -329,32 +333,24 @@ impl Paged {
         Ok(found)
     }
 
-    /// The index as a file, if it is in use: all landmarks that there are in it.
-    pub fn encode_index(&mut self) -> Result<Option<Vec<u8>>> {
-        if self.index.is_empty() || self.len() < FROM_BLOCKS {
-            return Ok(None);
+    /// The index of all landmarks that there are as a file, if it is in use and its file is behind; with this it no longer is.
+    pub fn encode_index(&mut self) -> Option<Vec<u8>> {
+        if self.index.is_empty() || self.len() < FROM_BLOCKS || self.len() == self.index_kept {
+            return None;
         }
-        (0..self.shape.layers).for_each(|layer| self.extend_index(layer));
-        Ok(Some(index::encode(&self.index)))
+        self.index.par_iter_mut().zip(&self.landmarks).for_each(|(index, landmarks)| extend(index, landmarks));
+        self.index_kept = self.len();
+        Some(index::encode(&self.index))
     }
 
-    /// Takes over an index from a file; whether it is one of these landmarks.
-    pub fn restore_index(&mut self, bytes: &[u8]) -> bool {
-        let Some(like) = self.index.first() else { return true };
+    /// Takes over an index from a file, if it is one of these landmarks.
+    pub fn restore_index(&mut self, bytes: &[u8]) {
+        let Some(like) = self.index.first() else { return };
         let key = |layer: usize, head, block, into: &mut [f32]| self.landmarks[layer].key(head, block, into);
-        match index::decode(bytes, self.shape.layers, like, self.len(), key) {
-            Some(read) => {
-                self.index = read;
-                true
-            }
-            None => false,
+        if let Some(read) = index::decode(bytes, self.shape.layers, like, self.len(), key) {
+            self.index_kept = read[0].len();
+            self.index = read;
         }
-    }
-
-    /// Takes the layer's blocks into its index that are not there yet.
-    fn extend_index(&mut self, layer: usize) {
-        let landmarks = &self.landmarks[layer];
-        self.index[layer].extend(landmarks.len(), |head, block, into| landmarks.key(head, block, into));
     }
 
     /// Compares what the index found with the best.
@@ -534,4 +530,9 @@ fn load(
         }
         Ok(())
     })
+}
+
+/// Takes the landmarks into an index that are not there yet.
+fn extend(index: &mut Index, landmarks: &Landmarks) {
+    index.extend(landmarks.len(), |head, block, into| landmarks.key(head, block, into));
 }

@@ -221,6 +221,8 @@ impl Session {
     ) -> Result<(LandmarkCache, Option<Vec<f32>>)> {
         let mut paged = self.paged(&config, &rope, ram, scoring)?;
         let text = self.restore(&mut paged, |_| {})?;
+        // It is behind after a kill, or what was read on a GPU: that is made up for once, and not at each opening.
+        self.keep_index(&mut paged);
         Ok(self.go_on(LandmarkCache::with_store(config, rope, BlockStore::Paged(Box::new(paged))), text))
     }
 
@@ -276,9 +278,7 @@ impl Session {
             Ok(())
         })?;
         // Without it, or with another text's, it is built again.
-        if let Ok(bytes) = fs::read(self.folder.join(INDEX)) {
-            paged.restore_index(&bytes);
-        }
+        let _ = fs::read(self.folder.join(INDEX)).map(|bytes| paged.restore_index(&bytes));
         let tail = self.read_tail()?;
         if tail.tokens() > self.tokens.len() {
             return Err(Error::damaged(
@@ -350,11 +350,15 @@ impl Session {
                 let _ = fs::remove_file(self.folder.join(tail_name(other)));
             }
         }
-        // The text is safe; what the index costs to build again is time.
-        if last && let Some(bytes) = paged.encode_index()? {
-            let _ = replace(&self.folder.join(INDEX), &bytes);
+        if last {
+            self.keep_index(paged);
         }
         Ok(())
+    }
+
+    /// Writes the index, if its file is behind. The text is safe without: what the index costs to build again is time.
+    fn keep_index(&self, paged: &mut Paged) {
+        let _ = paged.encode_index().map(|bytes| replace(&self.folder.join(INDEX), &bytes));
     }
 
     fn write(&self, paged: &mut Paged, commit: &Commit, tokens: &[u32], tail: &[u8]) -> Result<()> {
