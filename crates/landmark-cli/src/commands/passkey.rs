@@ -11,7 +11,7 @@ use crate::reading::{ReadingBar, grouped};
 use anyhow::{Context, bail};
 use landmark_data::{Pretrained, Tokenizer};
 use landmark_inference::machine::peak_memory;
-use landmark_inference::{CacheFlags, LmCache, Memory, ModelFlags, Reading, SelectionMethod, Setting, fitting};
+use landmark_inference::{CacheFlags, LmCache, Memory, ModelFlags, Opened, Reading, SelectionMethod, Setting, fitting};
 use landmark_models::Model;
 use landmark_models::gpt::Placement;
 use prompt::{Filler, MOST_KEYS, Prompts};
@@ -121,11 +121,8 @@ const VERSION: u32 = 1;
 /// Tests.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     check(&args)?;
-    let (folder, adapter) = (landmark_inference::checkpoint(&args.model.checkpoint)?, args.model.adapter.as_deref());
-    let model = landmark_inference::load(&folder, adapter, args.model.device)?;
-    let Pretrained { tokenizer, begin, .. } =
-        landmark_inference::pretrained(&folder, adapter, args.model.tokenizer.as_deref())?;
-    landmark_inference::check_vocabulary(model.outline().vocab_size, &tokenizer)?;
+    let Opened { model, pretrained, path, adapter, .. } = Opened::open(&args.model)?;
+    let Pretrained { tokenizer, begin, .. } = pretrained;
     if args.sessions.gpu_memory.is_some() && model.device().is_cpu() {
         bail!("--gpu_memory is refused: prompts are read on the CPU; see --device");
     }
@@ -147,10 +144,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     interrupt::watch()?;
     let device = if model.device().is_cpu() { "cpu" } else { "cuda" };
     let dtype = model.activations().as_str();
-    let (model_hash, filler_hash) =
-        (landmark_inference::hash_of_model(&folder, adapter)?, kept::hash_of_tokens([Ok(filler.tokens().to_vec())])?);
+    let model_hash = landmark_inference::hash_of_model(&path, adapter.as_deref())?;
+    let filler_hash = kept::hash_of_tokens([Ok(filler.tokens().to_vec())])?;
     let kept = Folder::new(args.out.as_deref().unwrap_or("exps/passkey".as_ref()));
-    let mut results = Results::new(&folder, device, dtype, args.filler.as_deref(), args.keys, args.seed);
+    let mut results = Results::new(&path, device, dtype, args.filler.as_deref(), args.keys, args.seed);
     print!("{}", Results::header());
     let count = plan.len();
     for (number, (length, reading)) in plan.into_iter().enumerate() {
