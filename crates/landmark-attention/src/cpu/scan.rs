@@ -27,6 +27,9 @@ trait Products: Copy {
 
     /// A bit for each score that reaches `bar`.
     fn reach(self, scores: &[f32; GROUP], bar: f32) -> u16;
+
+    /// The larger of each two.
+    fn larger(self, a: &[f32; GROUP], b: &[f32; GROUP]) -> [f32; GROUP];
 }
 
 /// Any machine.
@@ -74,6 +77,11 @@ impl Products for Portable {
             return 0;
         }
         scores.iter().enumerate().fold(0, |bits, (i, &score)| bits | u16::from(score >= bar) << i)
+    }
+
+    #[inline(always)]
+    fn larger(self, a: &[f32; GROUP], b: &[f32; GROUP]) -> [f32; GROUP] {
+        std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
     }
 }
 
@@ -135,19 +143,45 @@ impl Products for Vnni {
         // SAFETY: as above.
         unsafe { _mm512_cmp_ps_mask::<_CMP_GE_OQ>(_mm512_loadu_ps(scores.as_ptr()), _mm512_set1_ps(bar)) }
     }
+
+    #[inline(always)]
+    fn larger(self, a: &[f32; GROUP], b: &[f32; GROUP]) -> [f32; GROUP] {
+        use std::arch::x86_64::{__m512, _mm512_loadu_ps, _mm512_max_ps};
+        // SAFETY: as above.
+        unsafe {
+            let larger = _mm512_max_ps(_mm512_loadu_ps(a.as_ptr()), _mm512_loadu_ps(b.as_ptr()));
+            std::mem::transmute::<__m512, [f32; GROUP]>(larger)
+        }
+    }
+}
+
+/// What some queries score with some groups of keys.
+struct Tile<'a, P: Products, const Q: usize, const G: usize> {
+    products: P,
+    queries: [u32; Q],
+    /// The first group.
+    group: usize,
+    sums: [[P::Sums; G]; Q],
+    surplus: [i32; Q],
+    factors: [&'a Line; G],
+}
+
+impl<P: Products, const Q: usize, const G: usize> Tile<'_, P, Q, G> {
+    /// The scores of a query with a group, and a bit for each that reaches `bar`.
+    #[inline(always)]
+    fn scores(&self, query: usize, group: usize, bar: f32) -> ([f32; GROUP], u16) {
+        self.products.scores(self.sums[query][group], self.surplus[query], self.factors[group], bar)
+    }
 }
 
 /// Who takes scores.
 trait Visit {
-    /// What a score of the query must reach to be of interest.
-    fn bar(&self, query: usize) -> f32;
+    /// The scores of a tile. A query meets groups in their order.
+    fn tile<P: Products, const Q: usize, const G: usize>(&mut self, tile: Tile<P, Q, G>);
 
-    /// The scores of a group, and a bit for each that reaches the bar.
-    fn scores(&mut self, query: usize, group: usize, scores: &[f32; GROUP], bits: u16);
-
-    /// All of the query's scores were told.
+    /// All scores of a query, the `i`-th of a tile, were told.
     #[inline(always)]
-    fn done(&mut self, _products: impl Products, _query: usize) {}
+    fn done(&mut self, _products: impl Products, _i: usize, _query: u32) {}
 }
 
 /// Queries that look at keys.
@@ -208,40 +242,42 @@ impl<V: Visit> Scan<'_, V> {
     /// All keys for these queries, `G` groups at once.
     #[inline(always)]
     fn rows<const Q: usize, const G: usize>(&mut self, products: impl Products, queries: [u32; Q]) {
-        let groups = self.keys.len().div_ceil(GROUP);
+        let (groups, size) = (self.keys.len().div_ceil(GROUP), self.keys.lines_of_group());
+        let words = queries.map(|query| &self.queries.words[query as usize * (size - 1)..][..size - 1]);
+        let surplus = queries.map(|query| self.queries.surplus[query as usize]);
         // Loops and no closures: what is called here has to be compiled for the machine's instructions, within `scan_vnni`.
         let mut group = 0;
         while group + G <= groups {
-            self.tile::<Q, G>(products, queries, group);
+            self.tile::<Q, G>(products, queries, words, surplus, group);
             group += G;
         }
         while group + 2 <= groups {
-            self.tile::<Q, 2>(products, queries, group);
+            self.tile::<Q, 2>(products, queries, words, surplus, group);
             group += 2;
         }
         while group < groups {
-            self.tile::<Q, 1>(products, queries, group);
+            self.tile::<Q, 1>(products, queries, words, surplus, group);
             group += 1;
         }
-        for query in queries {
-            self.visit.done(products, query as usize);
+        for (i, query) in queries.into_iter().enumerate() {
+            self.visit.done(products, i, query);
         }
     }
 
     #[inline(always)]
-    fn tile<const Q: usize, const G: usize>(&mut self, products: impl Products, queries: [u32; Q], group: usize) {
+    fn tile<const Q: usize, const G: usize>(
+        &mut self,
+        products: impl Products,
+        queries: [u32; Q],
+        words: [&[i32]; Q],
+        surplus: [i32; Q],
+        group: usize,
+    ) {
         let size = self.keys.lines_of_group();
         let groups: [usize; G] = std::array::from_fn(|g| group + g);
         let lines = groups.map(|group| &self.keys.lines[group * size..][..size]);
-        let words = queries.map(|query| &self.queries.words[query as usize * (size - 1)..][..size - 1]);
-        let sums = products.products(lines, words);
-        for (sums, query) in sums.iter().zip(queries.map(|query| query as usize)) {
-            for ((&sums, group), lines) in sums.iter().zip(groups).zip(lines) {
-                let (surplus, bar) = (self.queries.surplus[query], self.visit.bar(query));
-                let (scores, bits) = products.scores(sums, surplus, &lines[size - 1], bar);
-                self.visit.scores(query, group, &scores, bits);
-            }
-        }
+        let (sums, factors) = (products.products(lines, words), lines.map(|lines| &lines[size - 1]));
+        self.visit.tile(Tile { products, queries, group, sums, surplus, factors });
     }
 }
 
@@ -265,18 +301,19 @@ struct Offers<'a, F> {
 
 impl<F: FnMut(usize, usize, f32) -> f32> Visit for Offers<'_, F> {
     #[inline(always)]
-    fn bar(&self, query: usize) -> f32 {
-        self.bars[query]
-    }
-
-    #[inline(always)]
-    fn scores(&mut self, query: usize, group: usize, scores: &[f32; GROUP], mut bits: u16) {
-        // Most keys are not among the best of any query.
-        while bits > 0 {
-            let i = bits.trailing_zeros() as usize;
-            bits &= bits - 1;
-            if scores[i] >= self.bars[query] {
-                self.bars[query] = (self.offer)(query, group * GROUP + i, scores[i]);
+    fn tile<P: Products, const Q: usize, const G: usize>(&mut self, tile: Tile<P, Q, G>) {
+        for (i, query) in tile.queries.into_iter().enumerate() {
+            let bar = &mut self.bars[query as usize];
+            for g in 0..G {
+                let (scores, mut bits) = tile.scores(i, g, *bar);
+                // Most keys are not among the best of any query.
+                while bits > 0 {
+                    let at = bits.trailing_zeros() as usize;
+                    bits &= bits - 1;
+                    if scores[at] >= *bar {
+                        *bar = (self.offer)(query as usize, (tile.group + g) * GROUP + at, scores[at]);
+                    }
+                }
             }
         }
     }
@@ -303,49 +340,51 @@ struct All<F> {
     scores: Vec<[f32; GROUP]>,
     /// `[queries, parts]`: the largest of each part of the scores.
     largest: Vec<[f32; GROUP]>,
-    /// Memory to work in: see [`pack`].
+    /// Memory to work in, for as many as there are scores: see [`pack`].
     found: Vec<u64>,
     tell: F,
 }
 
 impl<F: FnMut(u32, u32)> Visit for All<F> {
     #[inline(always)]
-    fn bar(&self, _: usize) -> f32 {
-        f32::INFINITY
+    fn tile<P: Products, const Q: usize, const G: usize>(&mut self, tile: Tile<P, Q, G>) {
+        let rows = self.scores.chunks_exact_mut(self.groups).zip(self.largest.chunks_exact_mut(self.parts));
+        for (i, (scores, largest)) in (0..Q).zip(rows) {
+            for (g, to) in scores[tile.group..][..G].iter_mut().enumerate() {
+                let largest = &mut largest[(tile.group + g) & (self.parts - 1)];
+                (*to, _) = tile.scores(i, g, f32::INFINITY);
+                *largest = tile.products.larger(to, largest);
+            }
+        }
     }
 
     #[inline(always)]
-    fn scores(&mut self, query: usize, group: usize, scores: &[f32; GROUP], _: u16) {
-        self.scores[query % TILE * self.groups + group] = *scores;
-        let largest = &mut self.largest[query % TILE * self.parts + (group & (self.parts - 1))];
-        let before = *largest;
-        *largest = std::array::from_fn(|i| if scores[i] > before[i] { scores[i] } else { before[i] });
-    }
-
-    #[inline(always)]
-    fn done(&mut self, products: impl Products, query: usize) {
-        let largest = &mut self.largest[query % TILE * self.parts..][..self.parts];
+    fn done(&mut self, products: impl Products, i: usize, query: u32) {
+        let largest = &mut self.largest[i * self.parts..][..self.parts];
         let bar = reached_by(largest, self.limit);
         largest.fill([f32::NEG_INFINITY; GROUP]);
-        self.found.clear();
-        for (group, scores) in self.scores[query % TILE * self.groups..][..self.groups].iter().enumerate() {
+        let mut n = 0;
+        for (group, scores) in self.scores[i * self.groups..][..self.groups].iter().enumerate() {
             let mut bits = products.reach(scores, bar);
             while bits > 0 {
-                let i = bits.trailing_zeros() as usize;
+                let at = bits.trailing_zeros() as usize;
                 bits &= bits - 1;
-                self.found.push(pack(scores[i], (group * GROUP + i) as u32));
+                self.found[n] = pack(scores[at], (group * GROUP + at) as u32);
+                n += 1;
             }
         }
         // A few too many; many, where scores are equal.
-        if self.found.len() > 2 * self.limit {
-            self.found.select_nth_unstable_by(self.limit - 1, |a, b| b.cmp(a));
-            self.found.truncate(self.limit);
+        if n > 2 * self.limit {
+            self.found[..n].select_nth_unstable_by(self.limit - 1, |a, b| b.cmp(a));
+            n = self.limit;
         }
-        while self.found.len() > self.limit {
-            let worst = self.found.iter().fold(u64::MAX, |worst, &found| worst.min(found));
-            self.found.retain(|&found| found != worst);
+        while n > self.limit {
+            let worst = self.found[..n].iter().fold(u64::MAX, |worst, &found| worst.min(found));
+            n -= 1;
+            let last = self.found[n];
+            self.found[..n].iter_mut().filter(|found| **found == worst).for_each(|found| *found = last);
         }
-        self.found.iter().for_each(|&found| (self.tell)(query as u32, unpack(found).1));
+        self.found[..n].iter().for_each(|&found| (self.tell)(query, unpack(found).1));
     }
 }
 
@@ -357,7 +396,7 @@ pub fn best(keys: &RoundedKeys, queries: &RoundedQueries, limit: usize, tell: im
     let some: Vec<u32> = (0..queries.surplus.len() as u32).collect();
     let rows = TILE.min(some.len());
     let (scores, largest) = (vec![[0.; GROUP]; rows * groups], vec![[f32::NEG_INFINITY; GROUP]; rows * parts]);
-    let visit = &mut All { limit, groups, parts, scores, largest, found: Vec::new(), tell };
+    let visit = &mut All { limit, groups, parts, scores, largest, found: vec![0; groups * GROUP], tell };
     Scan { keys, queries, some: &some, visit }.run();
 }
 
