@@ -22,9 +22,10 @@ MILLION = 1_000_000
 
 
 def command(args, action, session, *rest):
-    named = {"append": ("ram", "device", "gpu_memory"), "ask": ("ram", "device", "gpu_memory"), "create": ("device", "adapter", "block_dtype")}
-    flags = [(f"--{name}", getattr(args, name)) for name in named.get(action, ()) if getattr(args, name)]
-    return [args.binary, "session", action, session, *rest, *(part for flag in flags for part in flag)]
+    reading = ("device", "ram", "gpu_memory")
+    names = {"create": ("adapter", "device", "block_dtype"), "append": reading, "ask": reading}.get(action, ())
+    flags = [part for name in names if getattr(args, name) for part in (f"--{name}", getattr(args, name))]
+    return [args.binary, "session", action, session, *rest, *flags]
 
 
 def tokens(args, session):

@@ -333,14 +333,15 @@ impl Paged {
         Ok(found)
     }
 
-    /// The index of all landmarks that there are as a file, if it is in use and its file is behind; with this it no longer is.
-    pub fn encode_index(&mut self) -> Option<Vec<u8>> {
+    /// Has the index of all landmarks that there are written, if it is in use and its file is behind.
+    pub fn keep_index(&mut self, write: impl FnOnce(&[u8]) -> Result<()>) -> Result<()> {
         if self.index.is_empty() || self.len() < FROM_BLOCKS || self.len() == self.index_kept {
-            return None;
+            return Ok(());
         }
         self.index.par_iter_mut().zip(&self.landmarks).for_each(|(index, landmarks)| extend(index, landmarks));
+        write(&index::encode(&self.index))?;
         self.index_kept = self.len();
-        Some(index::encode(&self.index))
+        Ok(())
     }
 
     /// Takes over an index from a file, if it is one of these landmarks.

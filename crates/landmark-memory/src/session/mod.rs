@@ -358,7 +358,7 @@ impl Session {
 
     /// Writes the index, if its file is behind. The text is safe without: what the index costs to build again is time.
     fn keep_index(&self, paged: &mut Paged) {
-        let _ = paged.encode_index().map(|bytes| replace(&self.folder.join(INDEX), &bytes));
+        let _ = paged.keep_index(|bytes| replace(&self.folder.join(INDEX), bytes));
     }
 
     fn write(&self, paged: &mut Paged, commit: &Commit, tokens: &[u32], tail: &[u8]) -> Result<()> {
