@@ -19,6 +19,8 @@
 //! and for each list the sum of its keys' squared distances from the centroid; then for each list the keys that it has before it is split, at least, the number
 //! of its blocks (plus 2^31 if their keys are all equal), and these, ascending. CRC-32C of all at the end.
 
+use std::borrow::Borrow;
+
 use landmark_attention::retrieval::{List, Lists, RoundedKeys};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -275,12 +277,12 @@ impl WithSimd for Halves<'_> {
 }
 
 /// The file of the indices of all layers.
-pub fn encode(layers: &[Index]) -> Vec<u8> {
-    let Some(Index { heads, head_dim, top_k, len }) = layers.first() else { return Vec::new() };
+pub fn encode<I: Borrow<Index>>(layers: &[I]) -> Vec<u8> {
+    let Some(Index { heads, head_dim, top_k, len }) = layers.first().map(I::borrow) else { return Vec::new() };
     let mut bytes = MAGIC.to_vec();
     let mut put = |x: usize| bytes.extend((x as u32).to_le_bytes());
     [VERSION, layers.len(), heads.len(), *head_dim, *top_k, *len].into_iter().for_each(&mut put);
-    for head in layers.iter().flat_map(|layer| &layer.heads) {
+    for head in layers.iter().flat_map(|layer| &layer.borrow().heads) {
         put(head.lists.len());
         let floats = head.mean.iter().chain([&head.variance]).chain(&head.centroids).chain(&head.spreads);
         floats.for_each(|x| put(x.to_bits() as usize));

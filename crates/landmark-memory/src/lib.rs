@@ -15,6 +15,7 @@ mod distances;
 mod error;
 mod frames;
 mod index;
+mod indexed;
 mod landmarks;
 mod layout;
 mod paged;

@@ -1,5 +1,7 @@
 //! Blocks in tiers: encoded on disk, or in memory until they are written there, and decoded in frames of RAM while they are used.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 use landmark_attention::retrieval::{self, Blocks, Kept, Keys, Selection, SlotQueries};
 use rayon::prelude::*;
@@ -7,6 +9,7 @@ use rayon::prelude::*;
 use crate::codec::{BlockType, Codec};
 use crate::frames::{Frames, Job, Seen, UnitId, side_by_side};
 use crate::index::{self, FROM_BLOCKS, Index};
+use crate::indexed::Indexed;
 use crate::landmarks::Landmarks;
 use crate::ring::Ring;
 use crate::segments::{BlockRecord, Segments, Shape};
@@ -61,9 +64,8 @@ pub struct Paged {
     scored: Vec<Ring<1>>,
     frames: Frames,
     scoring: Scoring,
-    /// Of each layer, if there is one; and the landmarks that it is made of.
-    index: Vec<Index>,
-    landmarks: Vec<Landmarks>,
+    /// The index of each layer, if there is one, and the landmarks that it is made of.
+    indexed: Vec<Arc<Indexed>>,
     /// Blocks that the index's file has.
     index_kept: usize,
     recall: Recall,
@@ -95,12 +97,14 @@ impl Paged {
             return Err(Error::Config { name: "shape", got, expected });
         }
         let ring = |_| Ring::new(heads, [&[head_dim]], config.max_blocks, DType::F32, &Device::Cpu);
-        let indexed = match tiers.scoring {
+        let layers = match tiers.scoring {
             // Blocks that go would have to go from the lists.
             _ if config.selection != Selection::PerTokenAndHead || config.max_blocks.is_some() => 0,
             Scoring::Exact => 0,
             Scoring::Index | Scoring::IndexMeasured => config.layers,
         };
+        let indexed =
+            || Indexed::new(Index::new(shape.heads, head_dim, config.top_k), Landmarks::new(codec, shape.heads));
         Ok(Self {
             shape,
             heads,
@@ -109,8 +113,7 @@ impl Paged {
             scored: (0..config.layers).map(ring).collect::<Result<_>>()?,
             frames: Frames::new(shape.units(), codec.elements(), tiers.ram),
             scoring: tiers.scoring,
-            index: (0..indexed).map(|_| Index::new(shape.heads, head_dim, config.top_k)).collect(),
-            landmarks: (0..indexed).map(|_| Landmarks::new(codec, shape.heads)).collect(),
+            indexed: (0..layers).map(|_| Arc::new(indexed())).collect(),
             index_kept: 0,
             recall: Recall::default(),
             seen: Seen::default(),
@@ -125,8 +128,7 @@ impl Paged {
     /// The same for who scores landmarks elsewhere, and keeps them there.
     pub fn without_landmarks(mut self) -> Self {
         self.scored.clear();
-        self.index.clear();
-        self.landmarks.clear();
+        self.indexed.clear();
         self
     }
 
@@ -175,9 +177,12 @@ impl Paged {
             self.len = self.max_blocks.map_or(self.len + n, |max| max.min(self.len + n));
             return Ok(());
         }
-        self.landmarks.par_iter_mut().enumerate().for_each(|(layer, own)| {
+        let mut own: Vec<_> = self.indexed.iter().map(|indexed| indexed.landmarks_mut()).collect();
+        let layers: Vec<&mut Landmarks> = own.iter_mut().map(|own| &mut **own).collect();
+        layers.into_par_iter().enumerate().for_each(|(layer, own)| {
             landmarks.iter().for_each(|landmarks| own.push(&landmarks[layer * heads * d..][..heads * d]));
         });
+        drop(own);
         if self.all_are_scored(blocks.max(self.len + n)) {
             let [batch, kv_heads] = self.heads;
             for (layer, ring) in self.scored.iter_mut().enumerate() {
@@ -198,7 +203,7 @@ impl Paged {
 
     /// Whether of so many blocks the landmarks of all may be scored.
     fn all_are_scored(&self, blocks: usize) -> bool {
-        self.index.is_empty() || self.scoring == Scoring::IndexMeasured || blocks < FROM_BLOCKS
+        self.indexed.is_empty() || self.scoring == Scoring::IndexMeasured || blocks < FROM_BLOCKS
     }
 
     /// Blocks that are cached.
@@ -222,16 +227,15 @@ impl Paged {
     /// Bytes of RAM: frames, landmarks and what is not written.
     pub fn bytes(&self) -> usize {
         let scored: usize = self.scored.iter().map(Ring::bytes).sum();
-        let landmarks: usize = self.landmarks.iter().map(Landmarks::bytes).sum();
-        let index: usize = self.index.iter().map(Index::bytes).sum();
-        self.frames.bytes() + scored + landmarks + index + self.pending.capacity()
+        let indexed: usize = self.indexed.iter().map(|each| each.landmarks().bytes() + each.index().bytes()).sum();
+        self.frames.bytes() + scored + indexed + self.pending.capacity()
     }
 
     /// Bytes of RAM that so many blocks take if all are written: their landmarks.
     pub fn bytes_of(&self, blocks: usize) -> usize {
         let scored = |ring: &Ring<1>| if self.all_are_scored(blocks) { ring.bytes_of(blocks) } else { 0 };
         let scored: usize = self.scored.iter().map(scored).sum();
-        scored + self.landmarks.iter().map(|landmarks| landmarks.bytes_of(blocks)).sum::<usize>()
+        scored + self.indexed.iter().map(|each| each.landmarks().bytes_of(blocks)).sum::<usize>()
     }
 
     /// Makes room for the landmarks of so many blocks.
@@ -251,8 +255,10 @@ impl Paged {
     pub fn clear(&mut self) {
         self.len = 0;
         self.scored.iter_mut().for_each(Ring::clear);
-        self.landmarks.iter_mut().for_each(Landmarks::clear);
-        self.index.iter_mut().for_each(Index::clear);
+        for indexed in &self.indexed {
+            indexed.landmarks_mut().clear();
+            indexed.index().clear();
+        }
         self.index_kept = 0;
         self.frames.forget_from(0);
         self.pending.clear();
@@ -295,6 +301,9 @@ impl Paged {
             .collect();
         let landmarks: Vec<&[f32]> = records.iter().map(|record| &record.landmarks[..]).collect();
         self.append_landmarks(&landmarks, 0)?;
+        if self.len() >= FROM_BLOCKS {
+            self.indexed.iter().for_each(Indexed::extend_soon);
+        }
         if let Some(numbers) = &mut self.numbers {
             numbers.extend(records.iter().map(|record| record.number as u32));
         }
@@ -319,13 +328,14 @@ impl Paged {
         let exact = |paged: &Self| {
             paged.with_blocks(layer, lengths, |blocks| retrieval::select(queries, blocks, top_k, selection))
         };
-        if self.index.is_empty() || self.len() < FROM_BLOCKS {
+        if self.indexed.is_empty() || self.len() < FROM_BLOCKS {
             return Ok(exact(self)?);
         }
-        extend(&mut self.index[layer], &self.landmarks[layer]);
-        let (lists, landmarks) = (self.index[layer].lists(), &self.landmarks[layer]);
+        let indexed = &self.indexed[layer];
+        let (index, landmarks) = (indexed.whole_index(), indexed.landmarks());
         let probes = index::probes(queries.queries.dims()[3]);
-        let found = retrieval::select_in_lists(queries, self.len(), landmarks, top_k, &lists, probes)?;
+        let found = retrieval::select_in_lists(queries, self.len(), &*landmarks, top_k, &index.lists(), probes)?;
+        drop((index, landmarks));
         if self.scoring == Scoring::IndexMeasured {
             let best = exact(self)?;
             self.measure(layer, queries, lengths, &found, &best)?;
@@ -335,22 +345,25 @@ impl Paged {
 
     /// Has the index of all landmarks that there are written, if it is in use and its file is behind.
     pub fn keep_index(&mut self, write: impl FnOnce(&[u8]) -> Result<()>) -> Result<()> {
-        if self.index.is_empty() || self.len() < FROM_BLOCKS || self.len() == self.index_kept {
+        if self.indexed.is_empty() || self.len() < FROM_BLOCKS || self.len() == self.index_kept {
             return Ok(());
         }
-        self.index.par_iter_mut().zip(&self.landmarks).for_each(|(index, landmarks)| extend(index, landmarks));
-        write(&index::encode(&self.index))?;
+        self.indexed.par_iter().for_each(|indexed| drop(indexed.whole_index()));
+        let layers: Vec<_> = self.indexed.iter().map(|indexed| indexed.index()).collect();
+        write(&index::encode(&layers.iter().map(|index| &**index).collect::<Vec<_>>()))?;
         self.index_kept = self.len();
         Ok(())
     }
 
     /// Takes over an index from a file, if it is one of these landmarks.
     pub fn restore_index(&mut self, bytes: &[u8]) {
-        let Some(like) = self.index.first() else { return };
-        let key = |layer: usize, head, block, into: &mut [f32]| self.landmarks[layer].key(head, block, into);
-        if let Some(read) = index::decode(bytes, self.shape.layers, like, self.len(), key) {
+        let Some(first) = self.indexed.first() else { return };
+        let landmarks: Vec<_> = self.indexed.iter().map(|indexed| indexed.landmarks()).collect();
+        let key = |layer: usize, head, block, into: &mut [f32]| landmarks[layer].key(head, block, into);
+        let read = index::decode(bytes, self.shape.layers, &first.index(), self.len(), key);
+        if let Some(read) = read {
             self.index_kept = read[0].len();
-            self.index = read;
+            self.indexed.iter().zip(read).for_each(|(indexed, read)| *indexed.index() = read);
         }
     }
 
@@ -531,9 +544,4 @@ fn load(
         }
         Ok(())
     })
-}
-
-/// Takes the landmarks into an index that are not there yet.
-fn extend(index: &mut Index, landmarks: &Landmarks) {
-    index.extend(landmarks.len(), |head, block, into| landmarks.key(head, block, into));
 }

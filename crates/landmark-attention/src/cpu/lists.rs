@@ -115,7 +115,12 @@ impl Search<'_> {
     fn rows(&self, kv: usize, blocks: &[u32]) -> Vec<f32> {
         let d = self.shape[3];
         let mut rows = vec![0.; blocks.len() * d];
-        rows.chunks_exact_mut(d).zip(blocks).for_each(|(row, &block)| self.keys.key(kv, block as usize, row));
+        for (i, (row, &block)) in rows.chunks_exact_mut(d).zip(blocks).enumerate() {
+            if let Some(&soon) = blocks.get(i + 8) {
+                self.keys.will_need(kv, soon as usize);
+            }
+            self.keys.key(kv, block as usize, row);
+        }
         rows
     }
 

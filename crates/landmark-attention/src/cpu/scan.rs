@@ -15,15 +15,16 @@ trait Products: Copy {
     /// The sums of products of a query with the keys of a group.
     type Sums: Copy;
 
-    /// Those of `Q` queries and `G` groups, a line for each word of a query.
+    /// Those of `Q` queries and `G` groups, a line for each word of a query, less the queries' `surplus`.
     fn products<const Q: usize, const G: usize>(
         self,
         groups: [&[Line]; G],
         queries: [&[i32]; Q],
+        surplus: [i32; Q],
     ) -> [[Self::Sums; G]; Q];
 
     /// Scores, and a bit for each that reaches `bar`.
-    fn scores(self, sums: Self::Sums, surplus: i32, factors: &Line, bar: f32) -> ([f32; GROUP], u16);
+    fn scores(self, sums: Self::Sums, factors: &Line, bar: f32) -> ([f32; GROUP], u16);
 
     /// A bit for each score that reaches `bar`.
     fn reach(self, scores: &[f32; GROUP], bar: f32) -> u16;
@@ -46,8 +47,9 @@ impl Products for Portable {
         self,
         groups: [&[Line]; G],
         queries: [&[i32]; Q],
+        surplus: [i32; Q],
     ) -> [[[i32; GROUP]; G]; Q] {
-        let mut sums = [[[0; GROUP]; G]; Q];
+        let mut sums = surplus.map(|surplus| [[-surplus; GROUP]; G]);
         for word in 0..queries[0].len() {
             for (g, lines) in groups.iter().enumerate() {
                 let keys = lines[word].0.as_chunks::<WORD>().0;
@@ -63,10 +65,10 @@ impl Products for Portable {
     }
 
     #[inline(always)]
-    fn scores(self, sums: [i32; GROUP], surplus: i32, factors: &Line, bar: f32) -> ([f32; GROUP], u16) {
+    fn scores(self, sums: [i32; GROUP], factors: &Line, bar: f32) -> ([f32; GROUP], u16) {
         let scores: [f32; GROUP] = {
             let factors = factors.factors();
-            std::array::from_fn(|i| (sums[i] - surplus) as f32 * factors[i])
+            std::array::from_fn(|i| sums[i] as f32 * factors[i])
         };
         (scores, self.reach(&scores, bar))
     }
@@ -101,14 +103,15 @@ impl Products for Vnni {
         self,
         groups: [&[Line]; G],
         queries: [&[i32]; Q],
+        surplus: [i32; Q],
     ) -> [[Self::Sums; G]; Q] {
-        use std::arch::x86_64::{_mm512_dpbusd_epi32, _mm512_load_si512, _mm512_set1_epi32, _mm512_setzero_si512};
+        use std::arch::x86_64::{_mm512_dpbusd_epi32, _mm512_load_si512, _mm512_set1_epi32};
         let words = queries[0].len();
         let (groups, queries) = (groups.map(|lines| &lines[..words]), queries.map(|query| &query[..words]));
         // SAFETY: only `scan_vnni` comes here, on machines that have these instructions; the slices were cut to what is read, and a line is
         // aligned as a register.
         unsafe {
-            let mut sums = [[_mm512_setzero_si512(); G]; Q];
+            let mut sums = surplus.map(|surplus| [_mm512_set1_epi32(-surplus); G]);
             for word in 0..words {
                 let keys = groups.map(|lines| _mm512_load_si512(lines.as_ptr().add(word).cast()));
                 for (sums, query) in sums.iter_mut().zip(queries) {
@@ -123,14 +126,13 @@ impl Products for Vnni {
     }
 
     #[inline(always)]
-    fn scores(self, sums: Self::Sums, surplus: i32, factors: &Line, bar: f32) -> ([f32; GROUP], u16) {
+    fn scores(self, sums: Self::Sums, factors: &Line, bar: f32) -> ([f32; GROUP], u16) {
         use std::arch::x86_64::{
-            _CMP_GE_OQ, _mm512_cmp_ps_mask, _mm512_cvtepi32_ps, _mm512_load_ps, _mm512_mul_ps, _mm512_set1_epi32,
-            _mm512_set1_ps, _mm512_sub_epi32,
+            _CMP_GE_OQ, _mm512_cmp_ps_mask, _mm512_cvtepi32_ps, _mm512_load_ps, _mm512_mul_ps, _mm512_set1_ps,
         };
         // SAFETY: as above; a register is as long as a line, and as the scores of a group.
         unsafe {
-            let sums = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, _mm512_set1_epi32(surplus)));
+            let sums = _mm512_cvtepi32_ps(sums);
             let scores = _mm512_mul_ps(sums, _mm512_load_ps(factors.0.as_ptr().cast()));
             let reach = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(scores, _mm512_set1_ps(bar));
             (std::mem::transmute::<std::arch::x86_64::__m512, [f32; GROUP]>(scores), reach)
@@ -162,7 +164,6 @@ struct Tile<'a, P: Products, const Q: usize, const G: usize> {
     /// The first group.
     group: usize,
     sums: [[P::Sums; G]; Q],
-    surplus: [i32; Q],
     factors: [&'a Line; G],
 }
 
@@ -170,7 +171,7 @@ impl<P: Products, const Q: usize, const G: usize> Tile<'_, P, Q, G> {
     /// The scores of a query with a group, and a bit for each that reaches `bar`.
     #[inline(always)]
     fn scores(&self, query: usize, group: usize, bar: f32) -> ([f32; GROUP], u16) {
-        self.products.scores(self.sums[query][group], self.surplus[query], self.factors[group], bar)
+        self.products.scores(self.sums[query][group], self.factors[group], bar)
     }
 }
 
@@ -276,8 +277,8 @@ impl<V: Visit> Scan<'_, V> {
         let size = self.keys.lines_of_group();
         let groups: [usize; G] = std::array::from_fn(|g| group + g);
         let lines = groups.map(|group| &self.keys.lines[group * size..][..size]);
-        let (sums, factors) = (products.products(lines, words), lines.map(|lines| &lines[size - 1]));
-        self.visit.tile(Tile { products, queries, group, sums, surplus, factors });
+        let (sums, factors) = (products.products(lines, words, surplus), lines.map(|lines| &lines[size - 1]));
+        self.visit.tile(Tile { products, queries, group, sums, factors });
     }
 }
 
@@ -340,7 +341,8 @@ struct All<F> {
     scores: Vec<[f32; GROUP]>,
     /// `[queries, parts]`: the largest of each part of the scores.
     largest: Vec<[f32; GROUP]>,
-    /// Memory to work in, for as many as there are scores: see [`pack`].
+    /// Memory to work in: words of four groups that have scores which reach something, and these scores, see [`pack`].
+    reached: Vec<(usize, u64)>,
     found: Vec<u64>,
     tell: F,
 }
@@ -363,13 +365,23 @@ impl<F: FnMut(u32, u32)> Visit for All<F> {
         let largest = &mut self.largest[i * self.parts..][..self.parts];
         let bar = reached_by(largest, self.limit);
         largest.fill([f32::NEG_INFINITY; GROUP]);
-        let mut n = 0;
-        for (group, scores) in self.scores[i * self.groups..][..self.groups].iter().enumerate() {
-            let mut bits = products.reach(scores, bar);
+        let scores = &self.scores[i * self.groups..][..self.groups];
+        // First the few words of scores that have some, without a branch that nobody foresees.
+        let mut words = 0;
+        for (word, four) in scores.as_chunks::<4>().0.iter().enumerate() {
+            let mut bits = 0;
+            for (i, scores) in four.iter().enumerate() {
+                bits |= u64::from(products.reach(scores, bar)) << (GROUP * i);
+            }
+            self.reached[words] = (word, bits);
+            words += usize::from(bits > 0);
+        }
+        let (scores, mut n) = (scores.as_flattened(), 0);
+        for &(word, mut bits) in &self.reached[..words] {
             while bits > 0 {
-                let at = bits.trailing_zeros() as usize;
+                let at = word * 4 * GROUP + bits.trailing_zeros() as usize;
                 bits &= bits - 1;
-                self.found[n] = pack(scores[at], (group * GROUP + at) as u32);
+                self.found[n] = pack(scores[at], at as u32);
                 n += 1;
             }
         }
@@ -390,13 +402,22 @@ impl<F: FnMut(u32, u32)> Visit for All<F> {
 
 /// The `limit` best keys of each query, or all if there are no more, in any order; of equals the first. `tell` is given query and key.
 pub fn best(keys: &RoundedKeys, queries: &RoundedQueries, limit: usize, tell: impl FnMut(u32, u32)) {
-    let groups = keys.len().div_ceil(GROUP);
+    let groups = keys.len().div_ceil(GROUP).next_multiple_of(4);
     // The largest of four times as many parts of the scores as are asked for tell what the best ones reach; little else does.
     let parts = limit.div_ceil(4).next_power_of_two();
     let some: Vec<u32> = (0..queries.surplus.len() as u32).collect();
     let rows = TILE.min(some.len());
-    let (scores, largest) = (vec![[0.; GROUP]; rows * groups], vec![[f32::NEG_INFINITY; GROUP]; rows * parts]);
-    let visit = &mut All { limit, groups, parts, scores, largest, found: vec![0; groups * GROUP], tell };
+    let (scores, largest) = (vec![[f32::NAN; GROUP]; rows * groups], vec![[f32::NEG_INFINITY; GROUP]; rows * parts]);
+    let visit = &mut All {
+        limit,
+        groups,
+        parts,
+        scores,
+        largest,
+        reached: vec![(0, 0); groups / 4],
+        found: vec![0; groups * GROUP],
+        tell,
+    };
     Scan { keys, queries, some: &some, visit }.run();
 }
 
