@@ -6,6 +6,8 @@ use super::rounded::{GROUP, Line, RoundedKeys, RoundedQueries, WORD};
 
 /// Queries at most whose scores are found at once.
 const TILE: usize = 8;
+/// Groups whose scores have a bit each in one integer.
+const BUNCH: usize = u64::BITS as usize / GROUP;
 
 /// The instructions that scores are made of.
 trait Products: Copy {
@@ -341,8 +343,9 @@ struct All<F> {
     scores: Vec<[f32; GROUP]>,
     /// `[queries, parts]`: the largest of each part of the scores.
     largest: Vec<[f32; GROUP]>,
-    /// Memory to work in: words of four groups that have scores which reach something, and these scores, see [`pack`].
+    /// Memory to work in: bunches of groups that have scores which reach something, with a bit for each.
     reached: Vec<(usize, u64)>,
+    /// Memory to work in: these scores, see [`pack`].
     found: Vec<u64>,
     tell: F,
 }
@@ -366,20 +369,20 @@ impl<F: FnMut(u32, u32)> Visit for All<F> {
         let bar = reached_by(largest, self.limit);
         largest.fill([f32::NEG_INFINITY; GROUP]);
         let scores = &self.scores[i * self.groups..][..self.groups];
-        // First the few words of scores that have some, without a branch that nobody foresees.
-        let mut words = 0;
-        for (word, four) in scores.as_chunks::<4>().0.iter().enumerate() {
+        // First the few bunches that have some, without a branch that nobody foresees.
+        let mut bunches = 0;
+        for (bunch, groups) in scores.as_chunks::<BUNCH>().0.iter().enumerate() {
             let mut bits = 0;
-            for (i, scores) in four.iter().enumerate() {
+            for (i, scores) in groups.iter().enumerate() {
                 bits |= u64::from(products.reach(scores, bar)) << (GROUP * i);
             }
-            self.reached[words] = (word, bits);
-            words += usize::from(bits > 0);
+            self.reached[bunches] = (bunch, bits);
+            bunches += usize::from(bits > 0);
         }
         let (scores, mut n) = (scores.as_flattened(), 0);
-        for &(word, mut bits) in &self.reached[..words] {
+        for &(bunch, mut bits) in &self.reached[..bunches] {
             while bits > 0 {
-                let at = word * 4 * GROUP + bits.trailing_zeros() as usize;
+                let at = bunch * BUNCH * GROUP + bits.trailing_zeros() as usize;
                 bits &= bits - 1;
                 self.found[n] = pack(scores[at], at as u32);
                 n += 1;
@@ -402,7 +405,7 @@ impl<F: FnMut(u32, u32)> Visit for All<F> {
 
 /// The `limit` best keys of each query, or all if there are no more, in any order; of equals the first. `tell` is given query and key.
 pub fn best(keys: &RoundedKeys, queries: &RoundedQueries, limit: usize, tell: impl FnMut(u32, u32)) {
-    let groups = keys.len().div_ceil(GROUP).next_multiple_of(4);
+    let groups = keys.len().div_ceil(GROUP).next_multiple_of(BUNCH);
     // The largest of four times as many parts of the scores as are asked for tell what the best ones reach; little else does.
     let parts = limit.div_ceil(4).next_power_of_two();
     let some: Vec<u32> = (0..queries.surplus.len() as u32).collect();
@@ -414,7 +417,7 @@ pub fn best(keys: &RoundedKeys, queries: &RoundedQueries, limit: usize, tell: im
         parts,
         scores,
         largest,
-        reached: vec![(0, 0); groups / 4],
+        reached: vec![(0, 0); groups / BUNCH],
         found: vec![0; groups * GROUP],
         tell,
     };
